@@ -1,0 +1,158 @@
+"""From settings to a potential; what this version cannot honour is refused here, with what to use instead."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from voltpi.driver.settings import Settings
+from voltpi.potential.errors import InputError
+from voltpi.potential.model import Potential
+
+__all__ = ["build_potential", "choose_device"]
+
+# settings key -> attribute of the charge model; these belong to the physics that a checkpoint was trained with
+_TRAINED = {
+    "charges.conserve": "conserve",
+    "charges.response": "response",
+    "charges.limiter": "limiter",
+    "charges.shell_limit": "shell_limit",
+    "coulomb.coulomb_constant": "coulomb_constant",
+}
+
+
+def build_potential(settings: Settings) -> Potential:
+    """The potential that the settings describe, on its device.
+
+    Raises InputError for a setting that is not available in this version, that contradicts a trained model, or that
+    leaves nothing to compute; for a model file that is missing; for a device that is not there.
+    """
+    for key, sentence in _unavailable(settings):
+        raise settings.refusal(key, sentence)
+    device = choose_device(settings)
+    if settings.has_model:
+        return _from_checkpoint(settings, device)
+    if settings.charges.model == "none" and settings.dispersion is None:
+        raise settings.refusal(
+            "charges.model",
+            "there is nothing to compute: model, short_range, dispersion and charges.model are all none; set "
+            "model: water or charges.model: pqeq",
+        )
+    potential = Potential(charges=_charges(settings), dispersion=_dispersion(settings), precision=settings.precision)
+    return potential.to(device)
+
+
+def choose_device(settings: Settings) -> str:
+    """The device to run on. Raises InputError where CUDA is asked for and not there."""
+    import torch
+
+    wanted = settings.device
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = int(wanted.partition(":")[2] or 0)
+        if index >= count:
+            raise settings.refusal(
+                "device", f"device is {wanted} but {count} CUDA devices are visible; use auto or cpu"
+            )
+    return wanted
+
+
+def _unavailable(s: Settings) -> Iterator[tuple[str, str]]:
+    """Pairs (key, sentence) for valid settings that this version cannot honour."""
+
+    def no(key: str, value: str, instead: str) -> tuple[str, str]:
+        return key, f"{key}: {value} is not available in this version; use {instead}"
+
+    if s.short_range is not None:
+        kind = "pair" if s.short_range.pair is not None else "foundation"
+        yield no("short_range", kind, "model: NAME (a trained short range) or short_range: none")
+    if s.charges.model not in ("pqeq", "qeq", "none"):
+        yield no("charges.model", s.charges.model, "pqeq, qeq or none")
+    if s.coulomb.method in ("pme", "taper"):
+        yield no("coulomb.method", s.coulomb.method, "auto (direct or ewald)")
+    if s.coulomb.boundary.startswith(("slab", "finite-field")):
+        yield no("coulomb.boundary", s.coulomb.boundary, "periodic (with vacuum) or open")
+    if s.displacement is not None and any(d is not None for d in s.displacement):
+        yield no("displacement", "a constant D", "field (V/Å)")
+    if s.electrodes:
+        yield no("electrodes", "a potential or charge on electrodes", "field (V/Å) without electrodes")
+
+
+def _charges(settings: Settings) -> Any:
+    from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT, PQEq, read_parameters
+
+    c = settings.charges
+    if c.model == "none":
+        return None
+    table = read_parameters("default")
+    if c.parameters != "default":
+        table = {**table, **read_parameters(c.parameters)}
+    if c.model == "qeq":
+        table = {symbol: row._replace(Z=0.0) for symbol, row in table.items()}
+    constant = settings.coulomb.coulomb_constant
+    return PQEq(
+        parameters=table,
+        conserve=c.conserve,
+        response=c.response,
+        limiter=c.limiter,
+        shell_limit=c.shell_limit,
+        accuracy=settings.coulomb.accuracy,
+        coulomb_constant=COULOMB_CONSTANT if constant == "codata" else float(constant),
+    )
+
+
+def _dispersion(settings: Settings) -> Any:
+    if settings.dispersion is None:
+        return None
+    from voltpi.potential.dispersion import D3
+
+    return D3(functional=settings.dispersion.functional, damping=settings.dispersion.damping)
+
+
+def _from_checkpoint(settings: Settings, device: str) -> Potential:
+    """A trained model with the settings that may differ from run to run; what would change its physics is refused."""
+    from voltpi.potential.checkpoints import load_potential
+
+    try:
+        potential = load_potential(settings.model, precision=settings.precision, device=device)
+    except InputError as error:
+        raise settings.refusal("model", str(error)) from None
+    given = settings.given()
+
+    def contradiction(key: str, trained: object) -> InputError:
+        return settings.refusal(
+            key,
+            f"{key}: {given[key]} contradicts model {_name(settings)}, which was trained with {trained}; remove {key}",
+        )
+
+    charges = potential.charges
+    if given.get("charges.parameters", "default") != "default":
+        raise contradiction("charges.parameters", "its own parameters")
+    if "charges.model" in given and given["charges.model"] != _charge_model(charges):
+        raise contradiction("charges.model", _charge_model(charges))
+    for key, attribute in _TRAINED.items():
+        if key in given and given[key] not in ("codata", getattr(charges, attribute, None)):
+            raise contradiction(key, getattr(charges, attribute, "no charges"))
+    if "dispersion" in given and potential.dispersion is not None:
+        raise contradiction("dispersion", "D3")
+    for key in ("functional", "damping"):
+        trained = getattr(potential.dispersion, key, "no dispersion")
+        if given.get(f"dispersion.{key}", trained) != trained:
+            raise contradiction(f"dispersion.{key}", trained)
+    if "coulomb.accuracy" in given and charges is not None:
+        potential.charges = dataclasses.replace(charges, accuracy=settings.coulomb.accuracy)
+    return potential
+
+
+def _charge_model(charges: Any) -> str:
+    if charges is None:
+        return "none"
+    return "pqeq" if any(row.Z for row in charges.parameters.values()) else "qeq"
+
+
+def _name(settings: Settings) -> str:
+    return Path(settings.model).name

@@ -1,0 +1,225 @@
+"""Everything that can be known to be wrong before a run, each finding with its fix."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from ase import Atoms
+
+from voltpi.driver.settings import Settings, load_settings
+from voltpi.potential.errors import InputError, VoltPIError
+
+if TYPE_CHECKING:
+    from voltpi.driver.ipi_input import RunInput
+
+__all__ = ["Finding", "check", "default_template"]
+
+# beyond these a run does not conserve energy whatever the potential (fs)
+_LONGEST_TIMESTEP = 5.0
+_LONGEST_TIMESTEP_WITH_HYDROGEN = 1.5
+# a start structure with such a force (eV/Å) explodes in its first steps
+_LARGEST_FORCE = 50.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence, about something that is right or a problem with its fix."""
+
+    ok: bool
+    sentence: str
+
+
+def check(path: str | Path, template: str | Path | None = None) -> Iterator[Finding]:
+    """Checks an i-PI input (XML, RESTART) or a settings file, as far as possible; problems do not end the search.
+
+    ``template`` is the start structure where the input names none (for a settings file: ``start.xyz`` beside it).
+    """
+    path = Path(path)
+    if not path.is_file():
+        yield Finding(False, f"{path}: there is no such file; give an i-PI input (XML) or a settings file (YAML)")
+    elif path.suffix.lower() in (".yaml", ".yml"):
+        yield from _check_settings(path, template)
+    else:
+        yield from _check_input(path, template)
+
+
+def default_template(settings: Path) -> Path:
+    """The start structure of a settings file: ``start.xyz`` beside it. Raises InputError where there is none."""
+    start = settings.parent / "start.xyz"
+    if not start.is_file():
+        raise InputError(f"{settings}: there is no start.xyz beside it; give the start structure with --template FILE")
+    return start
+
+
+def _check_settings(path: Path, template: str | Path | None) -> Iterator[Finding]:
+    try:
+        settings = load_settings(path)
+    except InputError as error:
+        yield Finding(False, str(error))
+        return
+    yield Finding(True, f"{path}: settings are valid")
+    try:
+        start = Path(template) if template is not None else default_template(path)
+    except InputError:
+        yield from _check_without_structure(settings, path)
+        return
+    yield from _check_start(settings, start)
+
+
+def _check_without_structure(settings: Settings, path: Path) -> Iterator[Finding]:
+    from voltpi.driver.build import build_potential
+
+    try:
+        build_potential(settings)
+    except VoltPIError as error:
+        yield Finding(False, str(error))
+        return
+    yield Finding(True, f"{path}: the potential can be built (no start structure was given to evaluate)")
+
+
+def _check_start(settings: Settings, start: Path) -> Iterator[Finding]:
+    from voltpi.driver.structures import read_structures
+
+    try:
+        atoms = read_structures(start)[0]
+    except InputError as error:
+        yield Finding(False, str(error))
+        return
+    yield _evaluates(settings, atoms, str(start))
+
+
+def _evaluates(settings: Settings, atoms: Atoms, name: str) -> Finding:
+    """Whether the potential of these settings gives finite, sensible numbers for the structure."""
+    from voltpi.driver.evaluator import Evaluator
+
+    try:
+        evaluator = Evaluator.from_settings(settings, atoms)
+        response = evaluator.evaluate_systems(np.asarray(atoms.cell)[None], atoms.get_positions()[None])
+    except VoltPIError as error:
+        return Finding(False, f"{name}: {error}")
+    energy = float(response.energy[0])
+    forces = response.forces.detach().cpu().norm(dim=-1)
+    if not np.isfinite(energy) or not bool(forces.isfinite().all()):
+        return Finding(False, f"{name}: energy or forces are not finite numbers; check the structure")
+    largest = float(forces.max())
+    if largest > _LARGEST_FORCE:
+        atom = int(forces.argmax())
+        return Finding(
+            False,
+            f"{name}: the force on atom {atom} ({atoms.symbols[atom]}) is {largest:.0f} eV/Å and a run would explode; "
+            "relax or equilibrate the structure first",
+        )
+    return Finding(
+        True, f"{name}: {len(atoms)} atoms, energy {energy:.6f} eV, largest force {largest:.2f} eV/Å, all terms finite"
+    )
+
+
+def _check_input(path: Path, template: str | Path | None) -> Iterator[Finding]:
+    from voltpi.driver.ipi_input import read_input
+
+    try:
+        plan = read_input(path)
+    except InputError as error:
+        yield Finding(False, str(error))
+        return
+    sentence = _ipi_refusal(path)
+    if sentence:
+        yield Finding(False, f"{path}: i-PI does not accept it ({sentence}); see i-PI's reference for that tag")
+    else:
+        yield Finding(True, f"{path}: well-formed, and i-PI knows its tags")
+    try:
+        atoms = _start_of(plan, template)
+    except InputError as error:
+        yield Finding(False, str(error))
+        return
+    yield from (Finding(True, f"hint: {sentence}") for sentence in plan.advice())
+    if atoms is not None:
+        yield from _timestep(plan, atoms)
+    yield from _forcefields(plan, atoms)
+
+
+def _ipi_refusal(path: Path) -> str:
+    """What i-PI's own parser says against the file, or an empty string."""
+    from ipi.inputs.simulation import InputSimulation
+    from ipi.utils.io.inputs import io_xml
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), path.open() as handle:
+            InputSimulation().parse(io_xml.xml_parse_file(handle).fields[0][1])
+    except Exception as error:  # i-PI raises many kinds
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
+
+
+def _start_of(plan: RunInput, template: str | Path | None) -> Atoms | None:
+    from voltpi.driver.launch import RunRecord
+    from voltpi.driver.structures import read_structures
+
+    start = template if template is not None else RunRecord.of(plan).template
+    return None if start is None else read_structures(start)[0]
+
+
+def _timestep(plan: RunInput, atoms: Atoms) -> Iterator[Finding]:
+    if plan.timestep is None:
+        return
+    hydrogen = bool((atoms.numbers == 1).any())
+    longest = _LONGEST_TIMESTEP_WITH_HYDROGEN if hydrogen else _LONGEST_TIMESTEP
+    what = " for a structure with hydrogen" if hydrogen else ""
+    if not 0 < plan.timestep <= longest:
+        advice = "0.25 to 0.5 fs" if hydrogen else "0.5 to 2 fs"
+        yield Finding(
+            False,
+            f"{plan.path.name}: <timestep> is {plan.timestep:g} fs, outside 0 … {longest:g} fs{what}; use {advice}",
+        )
+    else:
+        yield Finding(
+            True, f"{plan.path.name}: <timestep> {plan.timestep:g} fs, {plan.n_beads} beads, {plan.steps} steps"
+        )
+
+
+def _forcefields(plan: RunInput, atoms: Atoms | None) -> Iterator[Finding]:
+    """Every forcefield that is ours: settings valid, start structure known, finite numbers."""
+    from voltpi.driver.launch import RunRecord, settings_for
+    from voltpi.driver.pes import parameter_value
+    from voltpi.driver.structures import read_structures
+
+    for ff in plan.sockets:
+        try:
+            file = settings_for(plan, ff, None, RunRecord.of(plan))
+            settings = load_settings(file)
+        except InputError as error:
+            yield Finding(False, str(error))
+            continue
+        if atoms is None:
+            yield from _check_without_structure(settings, file)
+        else:
+            yield _evaluates(settings, atoms, f"{plan.path.name}, <ffsocket name='{ff.name}'>")
+    for direct in plan.direct:
+        if not direct.ours:
+            yield Finding(
+                True, f"{plan.path.name}: <ffdirect name='{direct.name}'> is not VoltPI's and was not checked"
+            )
+            continue
+        name = f"{plan.path.name}, <ffdirect name='{direct.name}'>"
+        try:
+            own_keys = ("settings", "template", "verbose", "verbosity")
+            overrides = {key: parameter_value(value) for key, value in direct.parameters.items() if key not in own_keys}
+            settings = load_settings(plan.folder / str(direct.parameters["settings"]), overrides, origin="<parameters>")
+            own = read_structures(plan.folder / str(direct.parameters["template"]))[0]
+        except InputError as error:
+            yield Finding(False, f"{name}: {error}")
+            continue
+        if atoms is not None and not np.array_equal(own.numbers, atoms.numbers):
+            yield Finding(
+                False,
+                f"{name}: its template has {len(own)} atoms ({own.symbols}) but <initialize> starts from {len(atoms)} "
+                f"({atoms.symbols}); give both the same file",
+            )
+            continue
+        yield _evaluates(settings, own, name)

@@ -1,0 +1,208 @@
+"""Atomic units in, atomic units and extras out: the only place in VoltPI that converts.
+
+i-PI speaks bohr and hartree and sends its matrix h, whose *columns* are lattice vectors; the potential speaks Å, eV and
+*rows*. The virial has one sign on both sides, −∂E/∂strain (i-PI: ``vir``; ASE's stress is −virial/volume).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from ase import Atoms
+from numpy.typing import NDArray
+
+from voltpi.driver.build import build_potential
+from voltpi.driver.settings import Settings
+from voltpi.driver.structures import prepare_frame
+from voltpi.driver.unwrap import Unwrapper
+from voltpi.potential.errors import InputError, VoltPIError
+from voltpi.potential.model import Potential
+from voltpi.potential.response import Response
+from voltpi.potential.systems import Systems
+
+__all__ = ["BOHR", "HARTREE", "Evaluator", "Result", "build_potential"]
+
+BOHR = 0.529177210903
+"""Å, CODATA 2018 (i-PI's own table, rounded to eight digits, agrees to 1e-8)."""
+HARTREE = 27.211386245988
+"""eV, CODATA 2018."""
+
+Array = NDArray[np.float64]
+
+
+class Result(NamedTuple):
+    """Answer for one structure, in atomic units.
+
+    energy : hartree
+    forces : [n, 3] hartree/bohr
+    virial : [3, 3] hartree, −∂E/∂strain
+    extras : JSON-able; ``dipole`` [3] (e·bohr), ``residual`` (hartree/e), ``energy_NAME`` (hartree) and, as asked in
+        ``output``, ``charges`` [n] (e), ``BEC`` [3n][3] (e, row = 3·atom + displacement, column = dipole direction),
+        ``polarizability`` [3][3] (bohr³)
+    """
+
+    energy: float
+    forces: Array
+    virial: Array
+    extras: dict[str, Any]
+
+
+class Evaluator:
+    """A potential prepared for one kind of structure, evaluated for as many replicas as asked.
+
+    Fragments, carried charges, field and boundary are fixed by the template at the start. Between calls it remembers,
+    for each replica, the last charges and shells (a warm start) and the last positions (so that wrapped atoms do not
+    make the dipole jump).
+    """
+
+    def __init__(self, potential: Potential, template: Atoms, settings: Settings) -> None:
+        self.potential = potential
+        self.settings = settings
+        self.prepared: Systems = prepare_frame(template, settings, potential)
+        self._numbers = template.numbers.copy()
+        self._pbc = self.prepared.pbc[0].cpu().numpy()
+        self._unwrap = Unwrapper(self._pbc)
+        self._history: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._last: Response | None = None
+
+    @classmethod
+    def from_settings(cls, settings: Settings, template: Atoms) -> Evaluator:
+        """Builds the potential that the settings describe and prepares it for the template.
+
+        Raises InputError for settings or a structure that cannot be evaluated, with the fix.
+        """
+        return cls(build_potential(settings), template, settings)
+
+    @property
+    def n_atoms(self) -> int:
+        """Atoms of the template."""
+        return len(self._numbers)
+
+    def evaluate(self, cells: Array, positions: Array, replicas: Sequence[int] | None = None) -> list[Result]:
+        """Energy, forces, virial and extras of ``b`` structures as i-PI sends them.
+
+        Parameters
+        ----------
+        cells : [b, 3, 3] bohr, i-PI's matrix h (lattice vectors are columns); ignored with an open boundary
+        positions : [b, n, 3] bohr
+        replicas : b names of replicas, for warm start and continuous positions; None: the place in the batch
+
+        Raises InputError when the number of atoms differs from the template's, VoltPIError for positions or an answer
+        that are not finite, and what the potential raises.
+        """
+        cells, positions = np.asarray(cells, dtype=float), np.asarray(positions, dtype=float)
+        b = len(positions)
+        if positions.shape != (b, self.n_atoms, 3):
+            raise InputError(
+                f"positions have shape {positions.shape} but the template has {self.n_atoms} atoms: give the structure "
+                "file that the run was started from"
+            )
+        if cells.shape != (b, 3, 3):
+            raise InputError(f"cells have shape {cells.shape} for {b} structures: give one 3 x 3 matrix for each")
+        rows = np.ascontiguousarray(cells.transpose(0, 2, 1)) * BOHR
+        response = self.evaluate_systems(rows, positions * BOHR, replicas)
+        return self._results(response, b)
+
+    def evaluate_systems(
+        self,
+        cells: Array,
+        positions: Array,
+        replicas: Sequence[Hashable] | None = None,
+        fields: Array | None = None,
+    ) -> Response:
+        """The same in the potential's units: cells [b, 3, 3] (Å, rows), positions [b, n, 3] (Å), fields [b, 3] (V/Å).
+
+        Without ``fields`` the template's field acts. Raises as ``evaluate`` does.
+        """
+        b = len(positions)
+        keys: Sequence[Hashable] = range(b) if replicas is None else replicas
+        self._refuse_not_finite(cells, positions)
+        parts = []
+        for i, key in enumerate(keys):
+            cell = cells[i] if self._pbc.any() else np.zeros((3, 3))
+            r = self._unwrap(positions[i], cell, key)
+            changes = {"positions": self._tensor(r), "cell": self._tensor(cell[None])}
+            if fields is not None:
+                changes["field"] = self._tensor(fields[i : i + 1])
+            parts.append(self.prepared.replace(**changes))
+        systems = parts[0] if b == 1 else Systems.join(parts)
+        output = self.settings.output
+        response = self.potential(
+            systems,
+            start=self._start(keys),
+            born_charges=output.born_charges,
+            polarizability=output.polarizability,
+        )
+        self._remember(keys, response)
+        return response
+
+    def forget_start(self) -> None:
+        """The next call is solved from scratch; positions are still followed."""
+        self._history.clear()
+        self._last = None
+
+    def _tensor(self, array: Array) -> torch.Tensor:
+        return torch.tensor(array, dtype=torch.float64, device=self.prepared.device)
+
+    def _refuse_not_finite(self, cells: Array, positions: Array) -> None:
+        if not np.isfinite(positions).all():
+            structure, atom = np.argwhere(~np.isfinite(positions))[0][:2]
+            raise VoltPIError(
+                f"the position of atom {atom} (replica {structure}) is not a finite number: the run has exploded; "
+                "restart from an earlier checkpoint with a shorter timestep"
+            )
+        if self._pbc.any() and not np.isfinite(cells).all():
+            raise VoltPIError(
+                "the cell is not finite: the run has exploded; restart with a shorter timestep or barostat tau"
+            )
+
+    def _start(self, keys: Sequence[Hashable]) -> Response | None:
+        """A warm start: each replica's own last charges and shells, or those of any other for one not seen before."""
+        if self._last is None:
+            return None
+        known = next(iter(self._history.values()))
+        picked = [self._history.get(key, known) for key in keys]
+        return dataclasses.replace(
+            self._last, charges=torch.cat([q for q, _ in picked]), shells=torch.cat([d for _, d in picked])
+        )
+
+    def _remember(self, keys: Sequence[Hashable], response: Response) -> None:
+        self._last = response
+        n = self.n_atoms
+        for i, key in enumerate(keys):
+            atoms = slice(i * n, (i + 1) * n)
+            self._history[key] = (response.charges[atoms].detach(), response.shells[atoms].detach())
+
+    def _results(self, response: Response, b: int) -> list[Result]:
+        energy = _numpy(response.energy) / HARTREE
+        forces = _numpy(response.forces).reshape(b, -1, 3) / (HARTREE / BOHR)
+        virial = _numpy(response.virial) / HARTREE
+        for name, value in (("energy", energy), ("forces", forces), ("virial", virial)):
+            if not np.isfinite(value).all():
+                raise VoltPIError(f"the {name} came out as not a finite number: restart with a shorter timestep")
+        extras = self._extras(response, b)
+        return [Result(float(energy[i]), forces[i], virial[i], extras[i]) for i in range(b)]
+
+    def _extras(self, response: Response, b: int) -> list[dict[str, Any]]:
+        columns: dict[str, Any] = {
+            "dipole": _numpy(response.dipole) / BOHR,
+            "residual": _numpy(response.residual) / HARTREE,
+        }
+        # one key a term: i-PI can print a flat key with <trajectory extra_type=...>, but not a nested one
+        columns |= {f"energy_{name}": _numpy(e) / HARTREE for name, e in response.energy_terms.items()}
+        if self.settings.output.charges:
+            columns["charges"] = _numpy(response.charges).reshape(b, -1)
+        if response.born_charges is not None:
+            # [atom, dipole, displacement] -> row 3·atom + displacement, column dipole
+            columns["BEC"] = _numpy(response.born_charges.transpose(1, 2)).reshape(b, -1, 3)
+        if response.polarizability is not None:
+            columns["polarizability"] = _numpy(response.polarizability) / BOHR**3
+        return [{key: value[i].tolist() for key, value in columns.items()} for i in range(b)]
+
+
+def _numpy(tensor: torch.Tensor) -> Array:
+    return tensor.detach().cpu().numpy().astype(float, copy=False)

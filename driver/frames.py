@@ -1,0 +1,85 @@
+"""One record a frame: what ``voltpi evaluate --json`` prints, in eV, Å and e."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from voltpi.driver.evaluator import Evaluator, build_potential
+from voltpi.driver.settings import Settings
+from voltpi.driver.structures import frame_field
+from voltpi.potential.errors import VoltPIError
+from voltpi.potential.response import Response
+
+__all__ = ["evaluate_frames", "record"]
+
+
+def evaluate_frames(settings: Settings, frames: Sequence[Atoms], source: str) -> Iterator[dict[str, Any]]:
+    """A record for every frame, in order, with the keys of the command line's contract.
+
+    Frames of one composition and periodicity belong together: fragments and carried charges are those of their first
+    frame (at zero field, where ``auto``), and wrapped atoms are followed from frame to frame. Others start anew.
+
+    Raises InputError for settings or frames that cannot be right; messages name ``source`` and the frame.
+    """
+    potential = build_potential(settings)
+    evaluator: Evaluator | None = None
+    known: Atoms | None = None
+    for k, atoms in enumerate(frames):
+        name = source if len(frames) == 1 else f"{source}, frame {k}"
+        began = time.perf_counter()
+        try:
+            if evaluator is None or known is None or not _alike(known, atoms):
+                evaluator = Evaluator(potential, atoms, settings)
+                known = atoms
+            evaluator.forget_start()  # a frame's answer does not depend on how the frame before was solved
+            response = evaluator.evaluate_systems(
+                np.asarray(atoms.cell)[None],
+                atoms.get_positions()[None],
+                fields=frame_field(atoms, settings)[None],
+            )
+        except VoltPIError as error:
+            raise type(error)(f"{name}: {error}") from None
+        yield record(response, atoms, settings, time.perf_counter() - began)
+
+
+def _alike(first: Atoms, other: Atoms) -> bool:
+    return np.array_equal(first.numbers, other.numbers) and np.array_equal(first.pbc, other.pbc)
+
+
+def record(response: Response, atoms: Atoms, settings: Settings, seconds: float) -> dict[str, Any]:
+    """One structure's answer as numbers and lists; ``stress`` has ASE's sign (−virial/volume; 0 without a volume)."""
+    volume = atoms.get_volume() if atoms.cell.rank == 3 and bool(atoms.pbc.all()) else 0.0
+    virial = response.virial[0].detach().cpu().numpy()
+    out: dict[str, Any] = {
+        "energy": float(response.energy[0]),
+        "energy_terms": {name: float(e[0]) for name, e in response.energy_terms.items()},
+        "forces": response.forces.tolist(),
+        "stress": (-virial / volume if volume else np.zeros((3, 3))).tolist(),
+        "charges": response.charges.tolist(),
+        "shells": response.shells.tolist(),
+        "dipole": response.dipole[0].tolist(),
+        "electrodes": {
+            name: {key: float(value[0]) for key, value in values.items()}
+            for name, values in response.electrodes.items()
+        },
+        "residual": float(response.residual[0]),
+        "iterations": int(response.iterations[0]),
+        "seconds": seconds,
+    }
+    if response.born_charges is not None:
+        out["born_charges"] = response.born_charges.tolist()
+    if response.polarizability is not None:
+        out["polarizability"] = response.polarizability[0].tolist()
+    _refuse_not_finite(out)
+    return out
+
+
+def _refuse_not_finite(out: dict[str, Any]) -> None:
+    for key in ("energy", "forces", "stress"):
+        if not np.isfinite(np.asarray(out[key])).all():
+            raise VoltPIError(f"the {key} came out as not a finite number: check the structure")

@@ -1,0 +1,281 @@
+"""What VoltPI needs to know of an i-PI input (or RESTART): forcefields, steps, start structure, outputs.
+
+Read before anything is started, so that mistakes cost a sentence instead of a run; i-PI still checks the whole file.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from voltpi.potential.errors import InputError
+
+__all__ = ["DirectForceField", "RunInput", "SocketForceField", "read_input"]
+
+_PES_FILE = Path(__file__).with_name("pes.py")
+
+
+@dataclass(frozen=True)
+class SocketForceField:
+    """An ``<ffsocket>``: i-PI listens, drivers connect."""
+
+    name: str
+    mode: Literal["unix", "inet", "shm"]
+    address: str
+    port: int
+    batch_size: int
+    latency: float
+
+
+@dataclass(frozen=True)
+class DirectForceField:
+    """An ``<ffdirect>``: i-PI evaluates inside its own process. ``ours`` where it loads VoltPI's PES."""
+
+    name: str
+    pes: str
+    pes_path: Path | None
+    parameters: dict[str, Any]
+    batch_size: int
+    ours: bool
+
+
+@dataclass(frozen=True)
+class RunInput:
+    """What ``voltpi run`` and ``voltpi check`` need of an i-PI input; ``first_step`` is 0 but in a checkpoint."""
+
+    path: Path
+    sockets: tuple[SocketForceField, ...]
+    direct: tuple[DirectForceField, ...]
+    steps: int
+    first_step: int
+    timestep: float | None  # fs
+    n_beads: int
+    template: Path | None  # the start structure; None: a checkpoint, which holds none
+    prefix: str
+    properties: tuple[Path, ...]  # files with a column `step`, in full
+
+    @property
+    def folder(self) -> Path:
+        """Where i-PI runs and writes."""
+        return self.path.parent
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether this is a RESTART or another checkpoint of i-PI."""
+        return self.template is None
+
+    def advice(self) -> list[str]:
+        """Sentences about what is allowed but slow."""
+        return [
+            f"{self.path.name}: <ffsocket name='{ff.name}'> asks for batches of {ff.batch_size} with <latency> "
+            f"{ff.latency:g}, which i-PI mostly sends half empty; set <latency>1e-2</latency>, or use <ffdirect>"
+            for ff in self.sockets
+            if ff.batch_size > 1 and ff.latency < 1e-3
+        ]
+
+
+def read_input(xml: str | Path) -> RunInput:
+    """Reads an i-PI input or checkpoint. Raises InputError, one sentence with file, tag and fix."""
+    path = Path(xml).resolve()
+    if not path.is_file():
+        raise InputError(
+            f"{xml}: there is no such file; give an i-PI input (XML), for example one made by `voltpi new`"
+        )
+    try:
+        root = ET.parse(path).getroot()
+    except (ET.ParseError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path.name}: not well-formed XML ({error}); close the tag or quote the attribute there"
+        ) from error
+    if root.tag != "simulation":
+        raise InputError(f"{path.name}: the outermost tag is <{root.tag}> and not <simulation>; give an i-PI input")
+    tags = _Tags(path.name, root)
+    prefix = _prefix(root)
+    sockets = tuple(_socket(tags, element) for element in root.iter("ffsocket"))
+    direct = tuple(_direct(tags, element, path.parent) for element in root.iter("ffdirect"))
+    if not any(element.tag.lower().startswith("ff") for element in root):
+        raise InputError(f"{path.name}: no forcefield; add <ffsocket> or <ffdirect> (see `voltpi new`)")
+    n_beads = _beads(tags)
+    for ff, element in zip(direct, root.iter("ffdirect"), strict=True):
+        if element.get("threaded", "false").strip().lower() != "true" and n_beads % ff.batch_size:
+            raise InputError(
+                f"{path.name}: <ffdirect name='{ff.name}'> has <batch_size> {ff.batch_size}, which does not divide "
+                f"{n_beads} beads, and i-PI would wait for ever; use a divisor, or threaded='True'"
+            )
+    return RunInput(
+        path=path,
+        sockets=sockets,
+        direct=direct,
+        steps=tags.number(root, "total_steps", 1000, int, least=0),
+        first_step=tags.number(root, "step", 0, int, least=0),
+        timestep=_timestep(root),
+        n_beads=n_beads,
+        template=_template(tags, path.parent),
+        prefix=prefix,
+        properties=tuple(path.parent / name for name in _step_files(root, prefix)),
+    )
+
+
+class _Tags:
+    """Values of tags, with errors that name the file and the tag."""
+
+    def __init__(self, file: str, root: ET.Element) -> None:
+        self.file, self.root = file, root
+
+    def fail(self, tag: str, sentence: str) -> InputError:
+        return InputError(f"{self.file}: <{tag}> {sentence}")
+
+    def number(self, parent: ET.Element, tag: str, default: Any, kind: type, least: float | None = None) -> Any:
+        text = parent.findtext(tag)
+        if text is None:
+            return default
+        try:
+            value = kind(text.strip())
+        except ValueError:
+            raise self.fail(tag, f"is '{text.strip()}'; give a number ({kind.__name__})") from None
+        if least is not None and value < least:
+            raise self.fail(tag, f"is {value}; give {least:g} or more")
+        return value
+
+
+def _text(parent: ET.Element, tag: str, default: str = "") -> str:
+    return (parent.findtext(tag) or default).strip()
+
+
+def _socket(tags: _Tags, element: ET.Element) -> SocketForceField:
+    name = element.get("name", "")
+    here = f"ffsocket name='{name}'"
+    mode = element.get("mode", "inet").strip()
+    if mode not in ("unix", "inet", "shm"):
+        raise tags.fail(here, f"has mode='{mode}'; use unix, inet or shm")
+    port = tags.number(element, "port", 65535, int)
+    if mode == "inet" and not 1 <= port <= 65535:
+        raise tags.fail(here, f"has <port> {port}; use one of 1025…65535")
+    address = _text(element, "address", "localhost")
+    return SocketForceField(
+        name=name,
+        mode=mode,  # type: ignore[arg-type]
+        address=address,
+        port=port,
+        batch_size=tags.number(element, "batch_size", 1, int, least=1),
+        latency=tags.number(element, "latency", 1e-4, float, least=0),
+    )
+
+
+def _direct(tags: _Tags, element: ET.Element, folder: Path) -> DirectForceField:
+    name = element.get("name", "")
+    here = f"ffdirect name='{name}'"
+    pes = _text(element, "pes", "dummy")
+    pes_path = folder / _text(element, "pes_path") if pes == "custom" else None
+    if pes_path is not None and not pes_path.is_file():
+        raise tags.fail(
+            here,
+            f"names the <pes_path> {_text(element, 'pes_path')}, which is no file; "
+            f"VoltPI's is {_PES_FILE} (printed by `python -m voltpi.driver.pes`)",
+        )
+    parameters = _parameters(tags, element, here)
+    ours = pes_path is not None and pes_path.samefile(_PES_FILE)
+    for key in ("settings", "template") if ours else ():
+        if key not in parameters:
+            raise tags.fail(
+                here, f"gives no {key} in <parameters>; write {{settings: settings.yaml, template: start.xyz}}"
+            )
+        if not (folder / str(parameters[key])).is_file():
+            raise tags.fail(
+                here,
+                f"names the {key} {parameters[key]} in <parameters>, which is no file in {folder}; "
+                "paths are relative to that folder",
+            )
+    batch_size = tags.number(element, "batch_size", 1, int, least=1)
+    return DirectForceField(name, pes, pes_path, parameters, batch_size, ours)
+
+
+def _parameters(tags: _Tags, element: ET.Element, here: str) -> dict[str, Any]:
+    from ipi.utils.io.inputs.io_xml import read_dict
+
+    text = _text(element, "parameters")
+    try:
+        return dict(read_dict(text)) if text else {}
+    except ValueError as error:
+        raise tags.fail(
+            here,
+            f"has <parameters> that i-PI cannot read ({error}); write {{key: value, key: value}}, and vectors "
+            "with blanks: {field: 0 0 0.05}",
+        ) from error
+
+
+def _prefix(root: ET.Element) -> str:
+    output = root.find("output")
+    return "i-pi" if output is None else output.get("prefix", "i-pi").strip()
+
+
+def _step_files(root: ET.Element, prefix: str) -> Iterator[str]:
+    for element in root.iterfind("output/properties"):
+        names = [part.partition("{")[0].strip() for part in (element.text or "").strip(" []\n\t").split(",")]
+        if "step" in names:
+            filename = element.get("filename", "out").strip()
+            yield f"{prefix}.{filename}" if prefix else filename
+
+
+def _beads(tags: _Tags) -> int:
+    for tag in ("initialize", "beads"):
+        for element in tags.root.iter(tag):
+            text = element.get("nbeads", "1").strip()
+            if not text.isdigit() or int(text) < 1:
+                raise tags.fail(tag, f"has nbeads='{text}'; give a whole number from 1")
+            return int(text)
+    raise tags.fail(
+        "system",
+        "has neither <initialize> nor <beads>; add <initialize nbeads='1'><file mode='ase'> start.xyz "
+        "</file></initialize>",
+    )
+
+
+def _timestep(root: ET.Element) -> float | None:
+    from ipi.utils.units import unit_to_internal, unit_to_user
+
+    element = next(root.iter("timestep"), None)
+    if element is None or not element.text:
+        return None
+    try:
+        internal = unit_to_internal("time", element.get("units", "automatic"), float(element.text))
+    except (ValueError, TypeError, KeyError):
+        return None  # i-PI says what is wrong with it
+    return float(unit_to_user("time", "femtosecond", internal))
+
+
+def _template(tags: _Tags, folder: Path) -> Path | None:
+    element = next((e for i in tags.root.iter("initialize") for e in i.iterfind("file")), None)
+    if element is None:
+        if next(tags.root.iter("beads"), None) is not None:
+            return None
+        raise tags.fail("initialize", "names no start structure; add <file mode='ase'> start.xyz </file>")
+    name = (element.text or "").strip()
+    path = folder / name
+    if not path.is_file():
+        raise tags.fail("file", f"names the start structure {name}, which is no file in {folder}; check the path")
+    mode = element.get("mode", "chk").strip()
+    if mode not in ("ase", "xyz", "pdb"):
+        raise tags.fail(
+            "file",
+            f"has mode='{mode}'; start from a structure with mode='ase', 'xyz' or 'pdb' "
+            "(and continue a run with `voltpi run RESTART`)",
+        )
+    if mode == "xyz" and not _says_its_units(path, element):
+        raise tags.fail(
+            "file",
+            f"reads {name} with mode='xyz', i-PI's own dialect in bohr unless its comment says otherwise; write "
+            "'# CELL(abcABC): a b c 90 90 90 cell{angstrom} positions{angstrom}' there, or use mode='ase'",
+        )
+    return path
+
+
+def _says_its_units(path: Path, element: ET.Element) -> bool:
+    """Whether i-PI's XYZ dialect means the same to i-PI and to VoltPI, which reads the comment alone."""
+    with path.open(errors="replace") as file:
+        comment = [file.readline(4096) for _ in range(2)][1]
+    given = {element.get(key, "automatic").strip() for key in ("units", "cell_units")}
+    return "CELL" in comment and given == {"automatic"}

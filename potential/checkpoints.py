@@ -1,0 +1,115 @@
+"""One file format for a whole model: a safetensors file whose JSON header describes every part.
+
+``NAME.safetensors`` holds the network's tensors, and in its metadata (key ``voltpi``) one JSON object
+
+    {"format": 1, "short_range": {"kind": "nequip", "config": {…}}, "charges": {…} | null, "dispersion": {…} | null,
+     "reference_energies": {"8": eV}, "card": {…}}
+
+so that a model is one file that no loader can execute. ``card`` says what data it was trained on, its errors on held-out data,
+and what it is not for.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from voltpi.potential.dispersion import D3
+from voltpi.potential.electrostatics.pqeq import PQEq
+from voltpi.potential.errors import InputError
+from voltpi.potential.model import Potential
+from voltpi.potential.shortrange.nequip import NequIP
+
+__all__ = ["FORMAT", "list_models", "load_potential", "model_path", "read_card", "read_description", "save_potential"]
+
+FORMAT = 1
+
+
+def list_models() -> list[str]:
+    """Names of the models that ship."""
+    folder = resources.files("voltpi.potential.models")
+    return sorted(f.name.removesuffix(".safetensors") for f in folder.iterdir() if f.name.endswith(".safetensors"))
+
+
+def model_path(name_or_path: str | Path) -> Path:
+    """File of a shipped model's name or of a path. Raises InputError where there is none."""
+    if str(name_or_path) in list_models():
+        return Path(str(resources.files("voltpi.potential.models").joinpath(f"{name_or_path}.safetensors")))
+    path = Path(name_or_path).expanduser()
+    if not path.is_file():
+        raise InputError(
+            f"model: '{name_or_path}' is neither a shipped model ({', '.join(list_models()) or 'none'}) nor an existing file; "
+            "check the name or the path"
+        )
+    return path
+
+
+def read_description(name_or_path: str | Path) -> dict[str, Any]:
+    """The JSON object in a model file's header. Raises InputError where the file is not a VoltPI model."""
+    path = model_path(name_or_path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("voltpi", "")
+        description = json.loads(text)
+    except (SafetensorError, json.JSONDecodeError, OSError):
+        raise InputError(f"{path}: not a VoltPI model (a safetensors file with a 'voltpi' header); train or import one") from None
+    if description.get("format") != FORMAT:
+        raise InputError(
+            f"{path}: model format {description.get('format')}, this version reads {FORMAT}; install the matching version"
+        )
+    return description
+
+
+def read_card(name_or_path: str | Path) -> dict[str, Any]:
+    """What the model is: data, errors on held-out data, limits."""
+    return read_description(name_or_path).get("card", {})
+
+
+def save_potential(path: str | Path, potential: Potential, card: dict[str, Any]) -> None:
+    """Writes a whole potential with its card to one safetensors file."""
+    network = potential.short_range
+    if network is not None and not isinstance(network, NequIP):
+        raise InputError(f"a {type(network).__name__} cannot be saved: model files hold a NequIP short range")
+    tensors = {} if network is None else {k: v.contiguous().cpu() for k, v in network.state_dict().items()}
+    description = {
+        "format": FORMAT,
+        "short_range": None if network is None else {"kind": "nequip", "config": network.config},
+        "charges": None if potential.charges is None else potential.charges.config,
+        "dispersion": None if potential.dispersion is None else potential.dispersion.config,
+        "reference_energies": {str(z): e for z, e in potential.reference_energies.items()},
+        "card": card,
+    }
+    save_file(tensors, str(path), metadata={"voltpi": json.dumps(description)})
+
+
+def load_potential(
+    name_or_path: str | Path, *, precision: str = "mixed", device: torch.device | str = "cpu"
+) -> Potential:
+    """The potential in a model file, ready to evaluate. Raises InputError where the file cannot be used."""
+    description = read_description(name_or_path)
+    path = model_path(name_or_path)
+    network = None
+    if description["short_range"] is not None:
+        network = NequIP(**description["short_range"]["config"])
+        network.to(torch.float64 if precision == "double" else torch.float32)
+        with safe_open(str(path), framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        try:
+            network.load_state_dict(state)
+        except RuntimeError as error:
+            raise InputError(f"{path}: its tensors do not fit its own description ({str(error).splitlines()[0]})") from None
+    charges = description["charges"]
+    dispersion = description["dispersion"]
+    return Potential(
+        network,
+        None if charges is None else PQEq.from_config(charges),
+        None if dispersion is None else D3(**dispersion),
+        reference_energies={int(z): e for z, e in description["reference_energies"].items()},
+        precision=precision,
+    ).to(device)

@@ -1,0 +1,162 @@
+"""Molecules and ions: which atoms keep a common net charge, and how to make them whole.
+
+Found once, at the start of a run, from covalent radii (Cordero et al., Dalton Trans. 2008, 2832, as tabulated in ASE); the
+bonds then stay, so a hydrogen bond that shortens during a run never moves charge between molecules. A hydrogen
+has one bond: to its nearest heavier atom (relative to the radii), or else to a hydrogen.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from ase.data import covalent_radii
+from torch import Tensor
+
+from voltpi.potential.errors import InputError
+from voltpi.potential.neighbors import neighbor_list
+from voltpi.potential.systems import Systems
+
+__all__ = ["BOND_TOLERANCE", "assign_fragments", "percolating", "whole_positions"]
+
+BOND_TOLERANCE = 1.25
+"""Two atoms are bonded below this multiple of the sum of their covalent radii (O–H: 1.21 Å)."""
+
+
+def _bonds(systems: Systems) -> tuple[np.ndarray, np.ndarray]:
+    """Bonded pairs (both directions) [2, e] and their vectors [e, 3] (Å)."""
+    radii = torch.as_tensor(covalent_radii, dtype=torch.float64, device=systems.device)[systems.numbers]
+    pairs = neighbor_list(systems, float(2 * BOND_TOLERANCE * radii.max()))
+    i, j = pairs.index
+    length = pairs.vectors.norm(dim=-1) / (radii[i] + radii[j])
+    bonded = length < BOND_TOLERANCE
+    # a hydrogen keeps one bond, to a heavier atom where there is one: close contacts of molecules do not join them
+    hydrogen = systems.numbers == 1
+    rank = length + 10.0 * (hydrogen[i] & hydrogen[j])
+    first = torch.full_like(radii, torch.inf).scatter_reduce(0, i, rank, "amin")
+    for atom in (i, j):
+        bonded &= ~hydrogen[atom] | (rank <= first[atom])
+    return pairs.index[:, bonded].cpu().numpy(), pairs.vectors[bonded].cpu().numpy()
+
+
+def _spanning_trees(n: int, bonds: np.ndarray, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Roots and parents [n] of a breadth-first forest over the allowed bonds; the lowest index is the root."""
+    neighbours: list[list[int]] = [[] for _ in range(n)]
+    for i, j in bonds[:, allowed].T:
+        neighbours[i].append(int(j))
+    root, parent = np.full(n, -1), np.arange(n)
+    for start in range(n):
+        if root[start] >= 0:
+            continue
+        root[start] = start
+        queue = [start]
+        for atom in queue:
+            for other in sorted(neighbours[atom]):
+                if root[other] < 0:
+                    root[other], parent[other] = start, atom
+                    queue.append(other)
+    return root, parent
+
+
+def assign_fragments(
+    systems: Systems, *, labels: Tensor | None = None, initial_charges: Tensor | None = None
+) -> Systems:
+    """The same structures with fragments, their charges and their bond trees filled in.
+
+    Parameters
+    ----------
+    labels : [n] integers, the user's own fragments; None: covalent connectivity
+    initial_charges : [n] e; a fragment keeps the sum of its atoms' (None: fragments are neutral, and a structure that is one
+        fragment takes the net charge)
+
+    Raises
+    ------
+    InputError : the fragments' charges do not add up to the net charge of their structure
+    """
+    n = systems.n_atoms
+    bonds, _ = _bonds(systems)
+    batch = systems.batch.cpu().numpy()
+    if labels is None:
+        allowed = np.ones(bonds.shape[1], dtype=bool)
+        root, parent = _spanning_trees(n, bonds, allowed)
+        own = root
+    else:
+        own = labels.cpu().numpy()
+        same = own[bonds[0]] == own[bonds[1]]
+        root, parent = _spanning_trees(n, bonds, same)
+        first: dict[tuple[int, int], int] = {}
+        for atom in range(n):  # parts of a fragment without a bond between them hang on its first atom
+            anchor = first.setdefault((int(batch[atom]), int(own[atom])), atom)
+            if parent[atom] == atom and atom != anchor:
+                parent[atom] = anchor
+    _, fragments = np.unique(np.stack([batch, own]), axis=1, return_inverse=True)
+    fragments = fragments.reshape(-1)
+    count = int(fragments.max()) + 1
+    charges = np.zeros(count)
+    if initial_charges is not None:
+        np.add.at(charges, fragments, initial_charges.cpu().numpy())
+    system_of = np.zeros(count, dtype=int)
+    system_of[fragments] = batch
+    net = systems.net_charge.cpu().numpy()
+    for b in range(systems.n_systems):
+        members = np.nonzero(system_of == b)[0]
+        if initial_charges is None and len(members) == 1:
+            charges[members] = net[b]
+        if abs(charges[members].sum() - net[b]) > 1e-6:
+            raise InputError(
+                f"charges.net_charge is {net[b]:g} e but the {len(members)} fragments of the structure carry "
+                f"{charges[members].sum():g} e together: give every ion its charge as initial_charges in the structure file, or "
+                "set charges.net_charge to their sum"
+            )
+    device = systems.device
+    return systems.replace(
+        fragments=torch.as_tensor(fragments, dtype=torch.int64, device=device),
+        fragment_charges=torch.as_tensor(charges, dtype=torch.float64, device=device),
+        parents=torch.as_tensor(parent, dtype=torch.int64, device=device),
+    )
+
+
+def whole_positions(systems: Systems) -> Tensor:
+    """Positions [n, 3] (Å) with every fragment made whole around its root; unchanged where there are no fragments.
+
+    Each atom is put at the image nearest to its parent, so the answer is continuous however atoms were wrapped, and exact
+    under strain (the images are integers).
+    """
+    if systems.parents is None:
+        return systems.positions
+    parents = systems.parents
+    step = systems.positions - systems.positions[parents]
+    cells = systems.cell[systems.batch]
+    safe = torch.where(systems.pbc.any(-1)[:, None, None], systems.cell, torch.eye(3, dtype=cells.dtype, device=cells.device))
+    rows = torch.linalg.norm(safe, dim=-1) < 1e-9  # a missing vector in a direction that is not periodic
+    safe = safe + torch.diag_embed(rows.to(safe.dtype))
+    fractional = torch.einsum("na,nab->nb", step, torch.linalg.inv(safe)[systems.batch])
+    image = -torch.round(fractional.detach()) * systems.pbc[systems.batch]
+    ancestor = parents
+    for _ in range(64):  # pointer doubling: sums the images along the path to the root
+        up = image[ancestor]
+        if bool((ancestor == parents[ancestor]).all()) and not bool(up.any()):
+            break
+        image = image + up
+        ancestor = ancestor[ancestor]
+    return systems.positions + torch.einsum("na,nab->nb", image, cells)
+
+
+def percolating(systems: Systems) -> Tensor:
+    """[b, 3] bool: some fragment is bonded to its own image along this cell direction (charge could flow across the cell)."""
+    out = torch.zeros(systems.n_systems, 3, dtype=torch.bool, device=systems.device)
+    if systems.fragments is None or systems.parents is None:
+        return out
+    bonds, vectors = _bonds(systems)
+    if bonds.shape[1] == 0:
+        return out
+    i, j = torch.as_tensor(bonds, device=systems.device)
+    same = systems.fragments[i] == systems.fragments[j]
+    i, j = i[same], j[same]
+    whole = whole_positions(systems)
+    gap = torch.as_tensor(vectors, device=systems.device)[same] - (whole[j] - whole[i])
+    for b in range(systems.n_systems):
+        own = systems.batch[i] == b
+        if bool(systems.pbc[b].any()) and bool(own.any()):
+            images = torch.linalg.lstsq(systems.cell[b].T, gap[own].T).solution.T
+            out[b] = (images.abs() > 0.5).any(0) & systems.pbc[b]
+    return out

@@ -1,0 +1,206 @@
+"""A whole potential: short range + stationary charges + dispersion, one energy with exact derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from ase.data import chemical_symbols
+from torch import Tensor
+
+from voltpi.potential.dispersion import D3
+from voltpi.potential.electrostatics.pqeq import PQEq, PQEqSolution
+from voltpi.potential.errors import InputError
+from voltpi.potential.fragments import assign_fragments
+from voltpi.potential.neighbors import NeighborCache, Neighbors, check_geometry
+from voltpi.potential.response import Response
+from voltpi.potential.systems import Systems
+
+__all__ = ["Potential", "ShortRange", "pair_derivatives"]
+
+
+class ShortRange(Protocol):
+    """A local energy model: energies of atoms from their neighbours."""
+
+    cutoff: float
+
+    def __call__(self, numbers: Tensor, edge_index: Tensor, vectors: Tensor) -> Tensor:
+        """Atomic energies [n] (eV) from numbers [n], pairs [2, e] (centre, neighbour) and r_j − r_i [e, 3] (Å)."""
+
+
+def pair_derivatives(systems: Systems, pairs: Neighbors, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Forces [n, 3] and virial [b, 3, 3] from ∂E/∂(r_j − r_i) of every pair."""
+    i, j = pairs.index
+    forces = torch.zeros_like(systems.positions)
+    forces.index_add_(0, i, gradient)
+    forces.index_add_(0, j, -gradient)
+    virial = torch.zeros_like(systems.cell)
+    virial.index_add_(0, systems.batch[i], -gradient[:, :, None] * pairs.vectors[:, None, :])
+    return forces, 0.5 * (virial + virial.transpose(1, 2))
+
+
+class Potential:
+    """Adds the terms, finds the stationary charges, returns a :class:`~voltpi.potential.response.Response`.
+
+    Parameters
+    ----------
+    short_range : network or pair potential, or None
+    charges : charge equilibration, or None
+    dispersion : D3, or None
+    reference_energies : atomic number -> eV, the energies of atoms from which the short range counts (added in float64)
+    precision : ``double`` (all float64), ``mixed`` (float32 network, float64 electrostatics) or ``single`` (as mixed: the
+        electrostatics keep float64, where float32 would not converge)
+    """
+
+    def __init__(
+        self,
+        short_range: Any = None,
+        charges: PQEq | None = None,
+        dispersion: D3 | None = None,
+        *,
+        reference_energies: Mapping[int, float] | None = None,
+        precision: str = "mixed",
+    ) -> None:
+        if short_range is None and charges is None and dispersion is None:
+            raise InputError("the potential has no terms: set model, short_range, charges.model or dispersion")
+        if precision not in ("double", "mixed", "single"):
+            raise InputError(f"precision is '{precision}': choose double | mixed | single")
+        self.short_range = short_range
+        self.charges = charges
+        self.dispersion = dispersion
+        self.reference_energies = dict(reference_energies or {})
+        self.precision = precision
+        self.device = torch.device("cpu")
+        if isinstance(short_range, torch.nn.Module):
+            short_range.to(torch.float64 if precision == "double" else torch.float32).eval()
+            short_range.requires_grad_(False)
+        self._pairs = None if short_range is None else NeighborCache(short_range.cutoff)
+
+    def to(self, device: torch.device | str) -> Potential:
+        """Moves the network to a device; structures are moved there when they come."""
+        self.device = torch.device(device)
+        if isinstance(self.short_range, torch.nn.Module):
+            self.short_range.to(self.device)
+        return self
+
+    def prepare(
+        self, systems: Systems, *, labels: Tensor | None = None, initial_charges: Tensor | None = None
+    ) -> Systems:
+        """Fills in what stays constant over a run: fragments with their charges, and the carried charges.
+
+        Carried charges are those at zero field in this geometry (physics: ``response: shells | frozen``); they are left
+        alone where the systems bring them.
+
+        Raises InputError where fragments do not add up to the net charge, or an element or geometry is impossible.
+        """
+        check_geometry(systems)
+        if self.charges is None:
+            return systems
+        if self.charges.conserve == "fragments" and systems.fragments is None:
+            systems = assign_fragments(systems, labels=labels, initial_charges=initial_charges)
+        if self.charges.response != "all" and systems.carried is None:
+            free = systems.replace(field=torch.zeros_like(systems.field))
+            carried = torch.cat([self.charges.solve(s).charges for s in free.split()])
+            systems = systems.replace(carried=carried)
+        return systems
+
+    def __call__(
+        self,
+        systems: Systems,
+        *,
+        start: Response | None = None,
+        born_charges: bool = False,
+        polarizability: bool = False,
+    ) -> Response:
+        """Energy and everything that follows from it; ``start`` is an earlier Response of the same atoms (warm start).
+
+        Raises InputError, NoStablePointError or NotConvergedError, each a sentence that names atom and fix.
+        """
+        systems = systems.to(self.device)
+        check_geometry(systems)
+        if self.charges is None and bool((systems.field != 0).any()):
+            raise InputError("a field is set but the potential has no charges to feel it: set charges.model, or field to 0")
+        terms: dict[str, Tensor] = {}
+        forces = torch.zeros_like(systems.positions)
+        virial = torch.zeros_like(systems.cell)
+        if self.short_range is not None:
+            energy, f, w = self._short_range(systems)
+            terms["short_range"], forces, virial = energy, forces + f, virial + w
+        if self.reference_energies:
+            terms["atoms"] = self._references(systems)
+        if self.dispersion is not None:
+            energy, f, w = self.dispersion(systems)
+            terms["dispersion"], forces, virial = energy, forces + f, virial + w
+        solutions = self._solve(systems, start, born_charges, polarizability)
+        n, b = systems.n_atoms, systems.n_systems
+        charges, shells = forces.new_zeros(n), forces.new_zeros(n, 3)
+        dipole, residual = forces.new_zeros(b, 3), forces.new_zeros(b)
+        iterations = torch.zeros(b, dtype=torch.int64, device=self.device)
+        if solutions:
+            for name in solutions[0].terms:
+                terms[name] = torch.stack([s.terms[name] for s in solutions])
+            forces = forces + torch.cat([s.forces for s in solutions])
+            virial = virial + torch.stack([s.virial for s in solutions])
+            charges = torch.cat([s.charges for s in solutions])
+            shells = torch.cat([s.shells for s in solutions])
+            dipole = torch.stack([s.dipole for s in solutions])
+            residual = torch.tensor([s.residual for s in solutions], dtype=torch.float64, device=self.device)
+            iterations = torch.tensor([s.iterations for s in solutions], device=self.device)
+        return Response(
+            energy=torch.stack(list(terms.values())).sum(0),
+            forces=forces,
+            virial=virial,
+            charges=charges,
+            shells=shells,
+            dipole=dipole,
+            energy_terms=terms,
+            residual=residual,
+            iterations=iterations,
+            born_charges=_collect(solutions, "born_charges", torch.cat) if born_charges else None,
+            polarizability=_collect(solutions, "polarizability", torch.stack) if polarizability else None,
+        )
+
+    def _references(self, systems: Systems) -> Tensor:
+        atomic = torch.zeros(len(chemical_symbols), dtype=torch.float64)
+        for number, energy in self.reference_energies.items():
+            atomic[number] = energy
+        energy = torch.zeros(systems.n_systems, dtype=torch.float64, device=self.device)
+        return energy.index_add_(0, systems.batch, atomic.to(self.device)[systems.numbers])
+
+    def _solve(
+        self, systems: Systems, start: Response | None, born_charges: bool, polarizability: bool
+    ) -> list[PQEqSolution]:
+        if self.charges is None:
+            if born_charges or polarizability:
+                raise InputError("output.born_charges and output.polarizability need charges: set charges.model")
+            return []
+        counts = systems.counts()
+        guesses: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(counts)
+        if start is not None and len(start.charges) == systems.n_atoms:
+            guesses = list(zip(start.charges.split(counts), start.shells.split(counts), strict=True))
+        solutions = []
+        for system, guess in zip(systems.split(), guesses, strict=True):
+            self.charges.check_field(system)
+            solutions.append(
+                self.charges.solve(system, start=guess, born_charges=born_charges, polarizability=polarizability)
+            )
+        return solutions
+
+    def _short_range(self, systems: Systems) -> tuple[Tensor, Tensor, Tensor]:
+        assert self._pairs is not None
+        pairs = self._pairs(systems)
+        dtype = torch.float64 if self.precision == "double" else torch.float32
+        vectors = pairs.vectors.to(dtype).requires_grad_(True)
+        with torch.enable_grad():
+            atomic = self.short_range(systems.numbers, pairs.index, vectors)
+            (gradient,) = torch.autograd.grad(atomic.sum(), vectors, allow_unused=True)
+        if gradient is None:
+            gradient = torch.zeros_like(vectors)
+        energy = torch.zeros(systems.n_systems, dtype=torch.float64, device=self.device)
+        energy.index_add_(0, systems.batch, atomic.detach().to(torch.float64))
+        return (energy, *pair_derivatives(systems, pairs, gradient.to(torch.float64)))
+
+
+def _collect(solutions: list[PQEqSolution], name: str, join: Any) -> Tensor:
+    return join([getattr(s, name) for s in solutions])

@@ -1,0 +1,43 @@
+"""What a potential answers, with units; the driver converts, nobody else does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+__all__ = ["Response"]
+
+
+@dataclass(frozen=True)
+class Response:
+    """Answer for a batch of ``b`` structures with ``n`` atoms in all (eV, Å, e).
+
+    Attributes
+    ----------
+    energy : [b], eV, the electric enthalpy: with a uniform field it contains −ε·M
+    forces : [n, 3], eV/Å, exact derivatives of ``energy``
+    virial : [b, 3, 3], eV, −∂energy/∂strain (stress = −virial/volume), symmetric
+    charges : [n], e, charge of core and shell together
+    shells : [n, 3], Å, displacement of the shell from its core
+    dipole : [b, 3], e·Å, −∂energy/∂ε
+    energy_terms : name -> [b], eV; they sum to ``energy``
+    residual : [b], V, largest stationarity residual of charges and shells (0 without charges)
+    iterations : [b], operator applications that the solver used
+    electrodes : name -> {"charge": [b], "potential": [b]}
+    born_charges : [n, 3, 3] or None, e, index order atom, dipole direction, displacement direction
+    polarizability : [b, 3, 3] or None, Å³
+    """
+
+    energy: Tensor
+    forces: Tensor
+    virial: Tensor
+    charges: Tensor
+    shells: Tensor
+    dipole: Tensor
+    energy_terms: dict[str, Tensor]
+    residual: Tensor
+    iterations: Tensor
+    electrodes: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    born_charges: Tensor | None = None
+    polarizability: Tensor | None = None

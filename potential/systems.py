@@ -1,0 +1,179 @@
+"""A batch of structures as flat tensors: what every energy term receives.
+
+Replicas of one ring polymer are one batch. Everything that belongs to a structure and is not a result
+travels here (positions, cell, field, fragments, carried charges), so no term needs to ask another.
+
+Units: Å, e, V/Å.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.data import chemical_symbols
+from torch import Tensor
+
+__all__ = ["Systems"]
+
+
+@dataclass(frozen=True)
+class Systems:
+    """``b`` structures with ``n`` atoms in all.
+
+    Attributes
+    ----------
+    positions : [n, 3] float64, Å (not wrapped: they enter the dipole as they are)
+    numbers : [n] int64, atomic numbers
+    cell : [b, 3, 3] float64, Å, rows are lattice vectors (zeros in directions without a cell)
+    pbc : [b, 3] bool
+    batch : [n] int64, the structure each atom belongs to, ascending
+    field : [b, 3] float64, V/Å, uniform external field
+    net_charge : [b] float64, e
+    fragments : [n] int64 or None, fragment label of each atom, unique over the whole batch, 0 … n_fragments − 1
+    fragment_charges : [n_fragments] float64 or None, e, the charge each fragment keeps
+    parents : [n] int64 or None, an atom's bonded neighbour nearer to the root of its fragment (a root: itself); following
+        it makes the fragment whole
+    carried : [n] float64 or None, e, the charges that enter the dipole when ``response`` is not ``all``
+    """
+
+    positions: Tensor
+    numbers: Tensor
+    cell: Tensor
+    pbc: Tensor
+    batch: Tensor
+    field: Tensor
+    net_charge: Tensor
+    fragments: Tensor | None = None
+    fragment_charges: Tensor | None = None
+    parents: Tensor | None = None
+    carried: Tensor | None = None
+
+    @classmethod
+    def from_atoms(
+        cls,
+        atoms: Atoms | Sequence[Atoms],
+        *,
+        field: Sequence[float] | np.ndarray | None = None,
+        net_charge: float = 0.0,
+        device: torch.device | str = "cpu",
+    ) -> Systems:
+        """Batch of ASE structures; one ``field`` [3] (V/Å) for all, or one per structure [b, 3]."""
+        frames = [atoms] if isinstance(atoms, Atoms) else list(atoms)
+        if not frames:
+            raise ValueError("no structure given: a batch needs at least one")
+        b = len(frames)
+        eps = np.zeros((b, 3)) if field is None else np.broadcast_to(np.asarray(field, dtype=float), (b, 3))
+        as_float = {"dtype": torch.float64, "device": device}
+        return cls(
+            positions=torch.tensor(np.concatenate([a.get_positions() for a in frames]), **as_float),
+            numbers=torch.tensor(np.concatenate([a.numbers for a in frames]), dtype=torch.int64, device=device),
+            cell=torch.tensor(np.stack([np.asarray(a.cell) for a in frames]), **as_float),
+            pbc=torch.tensor(np.stack([a.pbc for a in frames]), dtype=torch.bool, device=device),
+            batch=torch.repeat_interleave(
+                torch.arange(b, device=device), torch.tensor([len(a) for a in frames], device=device)
+            ),
+            field=torch.tensor(np.ascontiguousarray(eps), **as_float),
+            net_charge=torch.full((b,), float(net_charge), **as_float),
+        )
+
+    @property
+    def n_systems(self) -> int:
+        """Number of structures in the batch."""
+        return self.cell.shape[0]
+
+    @property
+    def n_atoms(self) -> int:
+        """Number of atoms over all structures."""
+        return self.positions.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of all tensors."""
+        return self.positions.device
+
+    @property
+    def symbols(self) -> list[str]:
+        """Chemical symbols [n]."""
+        return [chemical_symbols[z] for z in self.numbers.tolist()]
+
+    def counts(self) -> list[int]:
+        """Atoms of each structure [b]."""
+        return torch.bincount(self.batch, minlength=self.n_systems).tolist()
+
+    def replace(self, **changes: Tensor | None) -> Systems:
+        """Copy with some tensors exchanged."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str) -> Systems:
+        """The same batch on another device."""
+        tensors = {k: v.to(device) for k, v in self.__dict__.items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
+    def split(self) -> list[Systems]:
+        """The structures one by one, in order."""
+        parts: list[Systems] = []
+        first_atom = 0
+        for i, count in enumerate(self.counts()):
+            atoms = slice(first_atom, first_atom + count)
+            fragments = fragment_charges = None
+            if self.fragments is not None and self.fragment_charges is not None:
+                labels, fragments = torch.unique(self.fragments[atoms], return_inverse=True)
+                fragment_charges = self.fragment_charges[labels]
+            parts.append(
+                Systems(
+                    positions=self.positions[atoms],
+                    numbers=self.numbers[atoms],
+                    cell=self.cell[i : i + 1],
+                    pbc=self.pbc[i : i + 1],
+                    batch=torch.zeros(count, dtype=torch.int64, device=self.device),
+                    field=self.field[i : i + 1],
+                    net_charge=self.net_charge[i : i + 1],
+                    fragments=fragments,
+                    fragment_charges=fragment_charges,
+                    parents=None if self.parents is None else self.parents[atoms] - first_atom,
+                    carried=None if self.carried is None else self.carried[atoms],
+                )
+            )
+            first_atom += count
+        return parts
+
+    @classmethod
+    def join(cls, parts: Sequence[Systems]) -> Systems:
+        """One batch of several; optional per-atom arrays must be present in all or in none.
+
+        Raises ValueError where only some parts carry fragments or carried charges.
+        """
+        for name in ("fragments", "parents", "carried"):
+            if len({getattr(p, name) is None for p in parts}) > 1:
+                raise ValueError(f"cannot join structures of which only some have {name}: give it to all or to none")
+        first_atom = np.cumsum([0] + [p.n_atoms for p in parts])
+        first_system = np.cumsum([0] + [p.n_systems for p in parts])
+        first_fragment = np.cumsum([0] + [0 if p.fragment_charges is None else len(p.fragment_charges) for p in parts])
+
+        def cat(name: str) -> Tensor:
+            return torch.cat([getattr(p, name) for p in parts])
+
+        def offset(name: str, first: np.ndarray) -> Tensor | None:
+            if getattr(parts[0], name) is None:
+                return None
+            return torch.cat([getattr(p, name) + int(o) for p, o in zip(parts, first[:-1], strict=True)])
+
+        batch = offset("batch", first_system)
+        assert batch is not None
+        return cls(
+            positions=cat("positions"),
+            numbers=cat("numbers"),
+            cell=cat("cell"),
+            pbc=cat("pbc"),
+            batch=batch,
+            field=cat("field"),
+            net_charge=cat("net_charge"),
+            fragments=offset("fragments", first_fragment),
+            fragment_charges=cat("fragment_charges") if parts[0].fragments is not None else None,
+            parents=offset("parents", first_atom),
+            carried=cat("carried") if parts[0].carried is not None else None,
+        )
