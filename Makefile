@@ -17,7 +17,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 # Liquid water in a field of 0.1 V/Å: i-PI moves the nuclei, VoltPI answers, a figure at the end.
 demo: $(STAMP)
-	$(BIN)/python examples/water-in-a-field/demo.py --out demo
+	rm -rf demo
+	$(BIN)/voltpi new water-field demo
+	$(BIN)/voltpi run demo/input.xml
+	$(BIN)/voltpi analyze polarization demo
+	$(BIN)/voltpi analyze field-response demo
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q

@@ -36,7 +36,7 @@ STOPPED = "VoltPI stopped the run: "
 Answer = tuple[float, Array, Array, str]
 
 
-class VoltPI(Dummy_driver):  # type: ignore[misc]
+class VoltPI(Dummy_driver):
     """The PES; parameters as above. Raises InputError for settings or a start structure that cannot be right."""
 
     def __init__(self, settings: str = "", template: str = "", verbosity: bool = False, **overrides: Any) -> None:

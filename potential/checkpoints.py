@@ -5,8 +5,8 @@
     {"format": 1, "short_range": {"kind": "nequip", "config": {…}}, "charges": {…} | null, "dispersion": {…} | null,
      "reference_energies": {"8": eV}, "card": {…}}
 
-so that a model is one file that no loader can execute. ``card`` says what data it was trained on, its errors on held-out data,
-and what it is not for.
+so that a model is one file that no loader can execute. ``card`` says what data it was trained on, its errors on
+held-out data, and what it is not for.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def model_path(name_or_path: str | Path) -> Path:
     path = Path(name_or_path).expanduser()
     if not path.is_file():
         raise InputError(
-            f"model: '{name_or_path}' is neither a shipped model ({', '.join(list_models()) or 'none'}) nor an existing file; "
-            "check the name or the path"
+            f"model: '{name_or_path}' is neither a shipped model ({', '.join(list_models()) or 'none'}) "
+            "nor an existing file; check the name or the path"
         )
     return path
 
@@ -58,10 +58,13 @@ def read_description(name_or_path: str | Path) -> dict[str, Any]:
             text = (file.metadata() or {}).get("voltpi", "")
         description = json.loads(text)
     except (SafetensorError, json.JSONDecodeError, OSError):
-        raise InputError(f"{path}: not a VoltPI model (a safetensors file with a 'voltpi' header); train or import one") from None
+        raise InputError(
+            f"{path}: not a VoltPI model (a safetensors file with a 'voltpi' header); train or import one"
+        ) from None
     if description.get("format") != FORMAT:
         raise InputError(
-            f"{path}: model format {description.get('format')}, this version reads {FORMAT}; install the matching version"
+            f"{path}: model format {description.get('format')}, this version reads {FORMAT}; "
+            "install the matching version"
         )
     return description
 
@@ -103,7 +106,9 @@ def load_potential(
         try:
             network.load_state_dict(state)
         except RuntimeError as error:
-            raise InputError(f"{path}: its tensors do not fit its own description ({str(error).splitlines()[0]})") from None
+            raise InputError(
+                f"{path}: its tensors do not fit its own description ({str(error).splitlines()[0]})"
+            ) from None
     charges = description["charges"]
     dispersion = description["dispersion"]
     return Potential(

@@ -1,7 +1,7 @@
 """Molecules and ions: which atoms keep a common net charge, and how to make them whole.
 
-Found once, at the start of a run, from covalent radii (Cordero et al., Dalton Trans. 2008, 2832, as tabulated in ASE); the
-bonds then stay, so a hydrogen bond that shortens during a run never moves charge between molecules. A hydrogen
+Found once, at the start of a run, from covalent radii (Cordero et al., Dalton Trans. 2008, 2832, as tabulated in ASE);
+the bonds then stay, so a hydrogen bond that shortens during a run never moves charge between molecules. A hydrogen
 has one bond: to its nearest heavier atom (relative to the radii), or else to a hydrogen.
 """
 
@@ -65,8 +65,8 @@ def assign_fragments(
     Parameters
     ----------
     labels : [n] integers, the user's own fragments; None: covalent connectivity
-    initial_charges : [n] e; a fragment keeps the sum of its atoms' (None: fragments are neutral, and a structure that is one
-        fragment takes the net charge)
+    initial_charges : [n] e; a fragment keeps the sum of its atoms' (None: fragments are neutral, and a structure that
+        is one fragment takes the net charge)
 
     Raises
     ------
@@ -104,8 +104,8 @@ def assign_fragments(
         if abs(charges[members].sum() - net[b]) > 1e-6:
             raise InputError(
                 f"charges.net_charge is {net[b]:g} e but the {len(members)} fragments of the structure carry "
-                f"{charges[members].sum():g} e together: give every ion its charge as initial_charges in the structure file, or "
-                "set charges.net_charge to their sum"
+                f"{charges[members].sum():g} e together: give every ion its charge as initial_charges in the structure "
+                "file, or set charges.net_charge to their sum"
             )
     device = systems.device
     return systems.replace(
@@ -118,15 +118,17 @@ def assign_fragments(
 def whole_positions(systems: Systems) -> Tensor:
     """Positions [n, 3] (Å) with every fragment made whole around its root; unchanged where there are no fragments.
 
-    Each atom is put at the image nearest to its parent, so the answer is continuous however atoms were wrapped, and exact
-    under strain (the images are integers).
+    Each atom is put at the image nearest to its parent, so the answer is continuous however atoms were wrapped, and
+    exact under strain (the images are integers).
     """
     if systems.parents is None:
         return systems.positions
     parents = systems.parents
     step = systems.positions - systems.positions[parents]
     cells = systems.cell[systems.batch]
-    safe = torch.where(systems.pbc.any(-1)[:, None, None], systems.cell, torch.eye(3, dtype=cells.dtype, device=cells.device))
+    safe = torch.where(
+        systems.pbc.any(-1)[:, None, None], systems.cell, torch.eye(3, dtype=cells.dtype, device=cells.device)
+    )
     rows = torch.linalg.norm(safe, dim=-1) < 1e-9  # a missing vector in a direction that is not periodic
     safe = safe + torch.diag_embed(rows.to(safe.dtype))
     fractional = torch.einsum("na,nab->nb", step, torch.linalg.inv(safe)[systems.batch])
@@ -142,7 +144,10 @@ def whole_positions(systems: Systems) -> Tensor:
 
 
 def percolating(systems: Systems) -> Tensor:
-    """[b, 3] bool: some fragment is bonded to its own image along this cell direction (charge could flow across the cell)."""
+    """[b, 3] bool: some fragment is bonded to its own image along this cell direction.
+
+    Charge could then flow across the cell.
+    """
     out = torch.zeros(systems.n_systems, 3, dtype=torch.bool, device=systems.device)
     if systems.fragments is None or systems.parents is None:
         return out

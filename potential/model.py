@@ -49,8 +49,8 @@ class Potential:
     charges : charge equilibration, or None
     dispersion : D3, or None
     reference_energies : atomic number -> eV, the energies of atoms from which the short range counts (added in float64)
-    precision : ``double`` (all float64), ``mixed`` (float32 network, float64 electrostatics) or ``single`` (as mixed: the
-        electrostatics keep float64, where float32 would not converge)
+    precision : ``double`` (all float64), ``mixed`` (float32 network, float64 electrostatics) or ``single`` (as mixed:
+        the electrostatics keep float64, where float32 would not converge)
     """
 
     def __init__(
@@ -120,7 +120,9 @@ class Potential:
         systems = systems.to(self.device)
         check_geometry(systems)
         if self.charges is None and bool((systems.field != 0).any()):
-            raise InputError("a field is set but the potential has no charges to feel it: set charges.model, or field to 0")
+            raise InputError(
+                "a field is set but the potential has no charges to feel it: set charges.model, or field to 0"
+            )
         terms: dict[str, Tensor] = {}
         forces = torch.zeros_like(systems.positions)
         virial = torch.zeros_like(systems.cell)

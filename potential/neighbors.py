@@ -115,7 +115,8 @@ def check_geometry(systems: Systems) -> None:
     lengths = systems.cell.norm(dim=-1)
     if bool((systems.pbc & (lengths < 1e-6)).any()):
         raise InputError(
-            "the structure is periodic but has no cell vector in a periodic direction: give the cell (Lattice=…), or set pbc to F"
+            "the structure is periodic but has no cell vector in a periodic direction: give the cell (Lattice=…), "
+            "or set pbc to F"
         )
     full = systems.pbc.all(-1)
     volume = torch.linalg.det(systems.cell[full]).abs() if bool(full.any()) else torch.ones(1)

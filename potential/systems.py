@@ -35,8 +35,8 @@ class Systems:
     net_charge : [b] float64, e
     fragments : [n] int64 or None, fragment label of each atom, unique over the whole batch, 0 … n_fragments − 1
     fragment_charges : [n_fragments] float64 or None, e, the charge each fragment keeps
-    parents : [n] int64 or None, an atom's bonded neighbour nearer to the root of its fragment (a root: itself); following
-        it makes the fragment whole
+    parents : [n] int64 or None, an atom's bonded neighbour nearer to the root of its fragment (a root: itself);
+        following it makes the fragment whole
     carried : [n] float64 or None, e, the charges that enter the dipole when ``response`` is not ``all``
     """
 
@@ -106,7 +106,7 @@ class Systems:
 
     def replace(self, **changes: Tensor | None) -> Systems:
         """Copy with some tensors exchanged."""
-        return replace(self, **changes)  # type: ignore[arg-type]
+        return replace(self, **changes)
 
     def to(self, device: torch.device | str) -> Systems:
         """The same batch on another device."""

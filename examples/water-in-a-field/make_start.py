@@ -1,22 +1,26 @@
-"""Makes the start of inputs/water-field: 64 molecules at 300 K, first TIP3P (seconds), then the model itself in the field.
+"""Makes the start of inputs/water-field: 64 molecules at 300 K.
 
-    python make_start.py OUT.xyz [--classical-ps 30] [--model-ps 1.5]
+First TIP3P (seconds), then the model itself in the field:
+
+python make_start.py OUT.xyz [--classical-ps 10] [--model-ps 1.5]
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from ase import Atoms, units
+from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.tip3p import TIP3P, angleHOH, rOH
-from ase.constraints import FixBondLengths
 from ase.io import write
 from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
 from rich.progress import track
 from scipy.spatial.transform import Rotation
+
 from voltpi.driver.ase import VoltPICalculator
 
 EDGE = 12.42  # Å: 64 molecules at 1.00 g/cm³
@@ -32,18 +36,48 @@ def grid(rng: np.random.Generator) -> Atoms:
     return Atoms("OH2" * 64, positions, cell=[EDGE] * 3, pbc=True)
 
 
+class FlexibleWater(Calculator):
+    """TIP3P between molecules, harmonic bonds and angles (SPC/Fw's constants, TIP3P's geometry) within."""
+
+    implemented_properties: ClassVar[list[str]] = ["energy", "forces"]
+    bond, angle = 1059.162 * units.kcal / units.mol, 75.90 * units.kcal / units.mol
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.between = TIP3P(rc=5.5, width=0.5)
+
+    def calculate(self, atoms=None, properties=("energy", "forces"), system_changes=all_changes):
+        """Energy and forces (ASE's calculator interface)."""
+        super().calculate(atoms, properties, system_changes)
+        bare = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True)
+        self.between.calculate(bare, ["energy", "forces"], all_changes)
+        r = atoms.positions.reshape(-1, 3, 3)
+        arms = r[:, 1:] - r[:, :1]
+        lengths = np.linalg.norm(arms, axis=2)
+        unit = arms / lengths[..., None]
+        cosine = (unit[:, 0] * unit[:, 1]).sum(1)
+        theta = np.arccos(cosine)
+        bend = theta - np.radians(angleHOH)
+        stretch = lengths - rOH
+        energy = 0.5 * self.bond * (stretch**2).sum() + 0.5 * self.angle * (bend**2).sum()
+        pull = self.bond * stretch[..., None] * unit
+        # dθ/d arm = (cosθ u − v)/(|arm| sinθ)
+        turned = (cosine[:, None, None] * unit - unit[:, ::-1]) / (lengths * np.sin(theta)[:, None])[..., None]
+        pull += (self.angle * bend)[:, None, None] * turned
+        forces = np.concatenate([pull.sum(1, keepdims=True), -pull], axis=1).reshape(-1, 3)
+        self.results = {
+            "energy": self.between.results["energy"] + energy,
+            "forces": self.between.results["forces"] + forces,
+        }
+
+
 def classical(atoms: Atoms, picoseconds: float, rng: np.random.Generator) -> None:
-    """Rigid TIP3P at 300 K."""
-    first = 3 * np.arange(64)
-    pairs = np.concatenate([np.stack([first + i, first + j], 1) for i, j in ((0, 1), (0, 2), (1, 2))])
-    atoms.set_constraint(FixBondLengths(pairs, tolerance=1e-5))
-    atoms.calc = TIP3P(rc=5.5, width=0.5)
-    steps = int(picoseconds * 1000)
-    for temperature, friction, count in ((150, 0.1, 1000), (300, 0.01, steps)):
-        dynamics = Langevin(atoms, 1.0 * units.fs, temperature_K=temperature, friction=friction / units.fs, rng=rng)
-        for _ in track(range(count // 100), description=f"TIP3P at {temperature} K"):
+    """Flexible TIP3P at 300 K, from the grid through a hot, strongly damped start."""
+    atoms.calc = FlexibleWater()
+    for friction, count in ((0.1, 2000), (0.01, int(picoseconds * 2000))):
+        dynamics = Langevin(atoms, 0.5 * units.fs, temperature_K=300, friction=friction / units.fs, rng=rng, fixcm=False)
+        for _ in track(range(count // 100), description="flexible TIP3P"):
             dynamics.run(100)
-    atoms.set_constraint()
 
 
 def quantum_surface(atoms: Atoms, picoseconds: float, rng: np.random.Generator) -> None:
@@ -51,7 +85,7 @@ def quantum_surface(atoms: Atoms, picoseconds: float, rng: np.random.Generator) 
     atoms.calc = VoltPICalculator({"model": "water", "field": [0.1, 0.0, 0.0]})
     MaxwellBoltzmannDistribution(atoms, temperature_K=300, rng=rng)
     Stationary(atoms)
-    dynamics = Langevin(atoms, 0.5 * units.fs, temperature_K=300, friction=0.02 / units.fs, rng=rng)
+    dynamics = Langevin(atoms, 0.5 * units.fs, temperature_K=300, friction=0.02 / units.fs, rng=rng, fixcm=False)
     for _ in track(range(int(picoseconds * 200)), description="water in the field"):
         dynamics.run(10)
 
@@ -60,7 +94,7 @@ def main() -> None:
     """Writes OUT.xyz in the extended XYZ that i-PI reads with mode='ase'."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--classical-ps", type=float, default=30.0)
+    parser.add_argument("--classical-ps", type=float, default=10.0)
     parser.add_argument("--model-ps", type=float, default=1.5)
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()

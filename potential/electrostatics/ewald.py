@@ -12,8 +12,8 @@ the cell is charged), split with one inverse length β:
                                              which decays at least as fast
 
 so that a very wide Gaussian costs no long real-space sum. In reciprocal space an atom belongs to one or two of three
-channels (narrow split, narrow true, wide) whose structure factors mix by ``_MIX``. Both sums end in a C² switch over their
-last tenth: energy, forces and virial are derivatives of one smooth function at any accuracy.
+channels (narrow split, narrow true, wide) whose structure factors mix by ``_MIX``. Both sums end in a C² switch over
+their last tenth: energy, forces and virial are derivatives of one smooth function at any accuracy.
 
 A plain Ewald sum: O(N^1.5); pair blocks [p, 4, 4] and phases [N, n_k] are kept per geometry.
 """
@@ -61,6 +61,14 @@ def choose_splitting(n_atoms: int, volume: float, alpha: Tensor, accuracy: float
     return Splitting(beta, cutoff, widen * 2 * beta * decay)
 
 
+class _Pairs(NamedTuple):
+    """Pairs of atoms in real space, each once."""
+
+    index: Tensor  # [2, p]
+    vectors: Tensor  # [p, 3] Å, core to core
+    exponent: Tensor  # [p] Å⁻², α_ij²
+
+
 class _Reciprocal(NamedTuple):
     """Wave vectors (half space) with their weights, and the channels of the atoms."""
 
@@ -80,7 +88,6 @@ class CoulombOperator:
     shell_charge : [N], e, charge of the shell (−Z)
     accuracy : relative force error of a periodic sum
     k_e : Coulomb constant, eV Å/e²
-    shell_reach : Å, largest |Δ| the pair list must cover
     """
 
     def __init__(
@@ -91,8 +98,8 @@ class CoulombOperator:
         *,
         accuracy: float,
         k_e: float,
-        shell_reach: float = 0.25,
     ) -> None:
+        self.system = system
         self.positions = system.positions
         self.alpha = alpha
         self.shell_charge = shell_charge
@@ -101,20 +108,31 @@ class CoulombOperator:
         self.volume = float(torch.linalg.det(system.cell[0]).abs()) if self.periodic else math.inf
         if self.periodic:
             self.splitting = choose_splitting(system.n_atoms, self.volume, alpha, accuracy)
-            narrow = alpha > self.splitting.beta**2
-            pairs = neighbor_list(system, max(self.splitting.cutoff, 0.1) + 2 * shell_reach, half=True)
-            both = narrow[pairs.index[0]] & narrow[pairs.index[1]]
-            self.index, self.vectors = pairs.index[:, both], pairs.vectors[both]
-            self.narrow = narrow
+            self.narrow = narrow = alpha > self.splitting.beta**2
             self.self_exponent = torch.where(narrow, torch.full_like(alpha, self.splitting.beta**2), 0.5 * alpha)
             self.reciprocal = self._reciprocal(system.cell[0])
             self.core_phases = self._phases(self.positions)
+        self._reach = 0.0
+        self._pairs: _Pairs | None = None
+
+    def pairs(self, shells: Tensor) -> _Pairs:
+        """Pairs that interact in real space when shells are displaced by ``shells`` [N, 3]."""
+        farthest = float(shells.norm(dim=-1).max())
+        if self._pairs is None or (self.periodic and farthest > self._reach):
+            self._reach = max(0.1, 1.5 * farthest)
+            self._pairs = self._build_pairs()
+        return self._pairs
+
+    def _build_pairs(self) -> _Pairs:
+        if self.periodic:
+            found = neighbor_list(self.system, max(self.splitting.cutoff, 0.1) + 2 * self._reach, half=True)
+            both = self.narrow[found.index[0]] & self.narrow[found.index[1]]
+            index, vectors = found.index[:, both], found.vectors[both]
         else:
-            n = system.n_atoms
-            self.index = torch.triu_indices(n, n, offset=1, device=system.device)
-            self.vectors = self.positions[self.index[1]] - self.positions[self.index[0]]
-        i, j = self.index
-        self.pair_exponent = alpha[i] * alpha[j] / (alpha[i] + alpha[j])
+            index = torch.triu_indices(self.n_atoms, self.n_atoms, offset=1, device=self.positions.device)
+            vectors = self.positions[index[1]] - self.positions[index[0]]
+        i, j = index
+        return _Pairs(index, vectors, self.alpha[i] * self.alpha[j] / (self.alpha[i] + self.alpha[j]))
 
     @property
     def n_atoms(self) -> int:
@@ -176,6 +194,7 @@ class CoulombState:
 
     def __init__(self, operator: CoulombOperator, charges: Tensor, shells: Tensor) -> None:
         self.op = operator
+        self.pairs = operator.pairs(shells)
         self.shells = shells
         self.site_charges = torch.stack([charges - operator.shell_charge, operator.shell_charge])
         self.potential = torch.zeros_like(self.site_charges)
@@ -190,28 +209,31 @@ class CoulombState:
 
     def _add_pairs(self) -> None:
         op = self.op
-        i, j = op.index
+        i, j = self.pairs.index
         core = torch.zeros_like(self.shells)
         offset = torch.stack([core, self.shells], dim=1)  # [N, site, 3]
         # d[p, a, b]: from site a of i to site b of j
-        d = op.vectors[:, None, None] + offset[j][:, None, :] - offset[i][:, :, None]
+        d = self.pairs.vectors[:, None, None] + offset[j][:, None, :] - offset[i][:, :, None]
         u = d.square().sum(-1)
-        exponent = op.pair_exponent[:, None, None].expand_as(u)
+        exponent = self.pairs.exponent[:, None, None].expand_as(u)
         kernel = erf_kernel(u, exponent)
         if op.periodic:
             long = erf_kernel(u, torch.full_like(u, op.splitting.beta**2))
             rc = op.splitting.cutoff
             switch = smooth_switch(u, ((1 - _SWITCH_WIDTH) * rc) ** 2, rc**2)
-            kernel = switched(tuple(a - b for a, b in zip(kernel, long, strict=True)), switch)  # type: ignore[arg-type]
+            kernel = switched(tuple(a - b for a, b in zip(kernel, long, strict=True)), switch)
         b0, b1, b2 = (op.k_e * b for b in kernel)
         self.d, self.b1, self.b2 = d, b1, b2
         self.b0 = b0
-        qi, qj = self.site_charges[:, i].T, self.site_charges[:, j].T  # [p, site]
-        self.potential.index_add_(1, i, torch.einsum("pab,pb->ap", b0, qj))
-        self.potential.index_add_(1, j, torch.einsum("pab,pa->bp", b0, qi))
-        field = b1[..., None] * d
-        self.gradient.index_add_(1, i, torch.einsum("pabx,pb->apx", field, qj))
-        self.gradient.index_add_(1, j, -torch.einsum("pabx,pa->bpx", field, qi))
+        qi, qj = self.site_charges.T[i], self.site_charges.T[j]  # [p, site]
+        # potential and its gradient at core, shell
+        felt = torch.zeros(op.n_atoms, 2, 4, dtype=d.dtype, device=d.device)
+        by_j, by_i = qj[:, None, :], qi[:, :, None]
+        felt.index_add_(0, i, torch.cat([(b0 * by_j).sum(2, keepdim=True), ((b1 * by_j)[..., None] * d).sum(2)], dim=2))
+        pull = ((b1 * by_i)[..., None] * d).sum(1)
+        felt.index_add_(0, j, torch.cat([(b0 * by_i).sum(1)[..., None], -pull], dim=2))
+        self.potential += felt[..., 0].T
+        self.gradient += felt[..., 1:].transpose(0, 1)
 
     def _add_own(self) -> None:
         """Takes a core's and a shell's own atom, same image, out of the reciprocal sum again."""
@@ -284,29 +306,35 @@ class CoulombState:
             out.index_add_(0, atoms, -(shell @ (felt[channel, :, None] * kk)).real)
         return out[:, [0, 1, 2, 1, 3, 4, 2, 4, 5]].reshape(-1, 3, 3)
 
-    # -- second derivatives ---------------------------------------------------------------------------------------------
+    # -- second derivatives -----------------------------------------------------------------------------------------
 
     def linearize(self) -> None:
         """Builds what ``product`` needs: pair blocks in (q, Δ), and the curvature at the shells."""
         op = self.op
-        i, j = op.index
+        i, j = self.pairs.index
         qs_i, qs_j = op.shell_charge[i], op.shell_charge[j]
         d, b1, b2 = self.d, self.b1, self.b2
-        hessian = b2[..., None, None] * d[..., :, None] * d[..., None, :]
-        hessian = hessian - b1[..., None, None] * torch.eye(3, dtype=d.dtype, device=d.device)  # ∇∇ of the kernel
-        block = torch.zeros(len(b1), 4, 4, dtype=d.dtype, device=d.device)
+        eye = torch.eye(3, dtype=d.dtype, device=d.device)
+        block = torch.empty(len(b1), 4, 4, dtype=d.dtype, device=d.device)
         block[:, 0, 0] = self.b0[:, 0, 0]
         block[:, 0, 1:] = -(qs_j * b1[:, 0, 1])[:, None] * d[:, 0, 1]
         block[:, 1:, 0] = (qs_i * b1[:, 1, 0])[:, None] * d[:, 1, 0]
-        block[:, 1:, 1:] = -(qs_i * qs_j)[:, None, None] * hessian[:, 1, 1]
+        between, qq = d[:, 1, 1], qs_i * qs_j
+        block[:, 1:, 1:] = (qq * b1[:, 1, 1])[:, None, None] * eye
+        block[:, 1:, 1:] -= ((qq * b2[:, 1, 1])[:, None] * between)[:, :, None] * between[:, None, :]
         self.blocks = block
+        # ∇∇φ at a shell: Σ Q (B₂ d dᵀ − B₁ 1) over the sites of its neighbours
         own = torch.zeros(op.n_atoms, 3, 3, dtype=d.dtype, device=d.device)
-        own.index_add_(0, i, torch.einsum("pbxy,pb->pxy", hessian[:, 1], self.site_charges[:, j].T))
-        own.index_add_(0, j, torch.einsum("paxy,pa->pxy", hessian[:, :, 1], self.site_charges[:, i].T))
+        for atom, lines, c1, c2, q in (
+            (i, d[:, 1], b1[:, 1], b2[:, 1], self.site_charges.T[j]),
+            (j, d[:, :, 1], b1[:, :, 1], b2[:, :, 1], self.site_charges.T[i]),
+        ):
+            curved = torch.bmm(((c2 * q)[..., None] * lines).transpose(1, 2), lines)
+            own.index_add_(0, atom, curved - (c1 * q).sum(1)[:, None, None] * eye)
         self.own_core = torch.zeros(op.n_atoms, 3, dtype=d.dtype, device=d.device)
         if op.periodic:
             outer = self.own_b2[:, None, None] * self.shells[:, :, None] * self.shells[:, None, :]
-            curved = outer - self.own_b1[:, None, None] * torch.eye(3, dtype=d.dtype, device=d.device)
+            curved = outer - self.own_b1[:, None, None] * eye
             own = own + self.site_charges[0][:, None, None] * curved + self._shell_curvature()
             # ∂φ_core/∂Δ = Q_s ∇_shell B₀(Δ)
             self.own_core = -(op.shell_charge * self.own_b1)[:, None] * self.shells
@@ -315,7 +343,7 @@ class CoulombState:
     def product(self, dq: Tensor, dshells: Tensor) -> tuple[Tensor, Tensor]:
         """Second derivative of the energy in (q, Δ) times a direction: ([N] V, [N, 3] V/Å·e)."""
         op = self.op
-        i, j = op.index
+        i, j = self.pairs.index
         y = torch.cat([dq[:, None], dshells], dim=1)
         out = torch.zeros_like(y)
         out.index_add_(0, i, torch.einsum("pxy,py->px", self.blocks, y[j]))
@@ -355,7 +383,7 @@ class CoulombState:
         With g_i = Q_c ∇φ(core) + Q_s ∇φ(shell), the derivative of the Coulomb energy in the position of the whole atom.
         """
         op = self.op
-        i, j = op.index
+        i, j = self.pairs.index
         dcharge = torch.stack([dq, torch.zeros_like(dq)])
         dsite = torch.stack([torch.zeros_like(dshells), dshells], dim=1)  # [N, site, 3]
         dd = dsite[j][:, None, :] - dsite[i][:, :, None]
@@ -382,11 +410,11 @@ class CoulombState:
     def virial(self) -> Tensor:
         """−∂E/∂strain with charges and shell displacements Δ (Å, not scaled) held fixed, [3, 3] eV."""
         op = self.op
-        i, j = op.index
+        i, j = self.pairs.index
         product = self.site_charges[:, i].T[:, :, None] * self.site_charges[:, j].T[:, None, :]
         # only the core–core vector of a pair is strained, Δ is not
         pull = (product * self.b1)[..., None] * self.d
-        out = torch.einsum("px,py->xy", pull.sum((1, 2)), op.vectors)
+        out = torch.einsum("px,py->xy", pull.sum((1, 2)), self.pairs.vectors)
         if op.periodic:
             out = out + self._reciprocal_virial()
         return 0.5 * (out + out.T)

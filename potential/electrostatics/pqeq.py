@@ -5,9 +5,10 @@ One structure at a time minimises, over q [N] (e) and Δ [N, 3] (Å),
     E = Σ_i [χ_i q_i + ½ η_i q_i² + U_i(Δ_i)] + E_coulomb(q, Δ) − ε·M
 
 with E_coulomb from :mod:`voltpi.potential.electrostatics.ewald`, U the spring (``limiter: none``: ½ K Δ²; ``fene``:
-−½ K Δ_max² ln(1 − Δ²/Δ_max²), smooth, and equal to it for small Δ) and M the dipole that ``response`` names. Naserifar et al.,
-J. Chem. Phys. 146, 124117 (2017); Gao et al., Nat. Commun. 16, 10484 (2025). At the stationary point forces and virial are partial
-derivatives at fixed (q, Δ) (Hellmann–Feynman); Born charges and polarizability come from H δy = −∂²E/∂y∂ε.
+−½ K Δ_max² ln(1 − Δ²/Δ_max²), smooth, and equal to it for small Δ) and M the dipole that ``response`` names.
+Naserifar et al., J. Chem. Phys. 146, 124117 (2017); Gao et al., Nat. Commun. 16, 10484 (2025). At the stationary
+point forces and virial are partial derivatives at fixed (q, Δ) (Hellmann–Feynman); Born charges and polarizability
+come from H δy = −∂²E/∂y∂ε.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ class ElementParameters(NamedTuple):
 
 
 def read_parameters(path: str | Path = "default") -> dict[str, ElementParameters]:
-    """Element parameters from a CSV (columns symbol, chi, eta, Z, R, K; '#' starts a comment); ``default``: the shipped table.
+    """Element parameters from a CSV; ``default``: the shipped table.
 
+    The columns are symbol, chi, eta, Z, R, K; '#' starts a comment.
     Raises InputError for a missing file, an unknown element or a number that cannot be.
     """
     if str(path) == "default":
@@ -62,7 +64,9 @@ def read_parameters(path: str | Path = "default") -> dict[str, ElementParameters
         try:
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
-            raise InputError(f"{path}: cannot read the PQEq parameters ({error.strerror}); give an existing CSV") from None
+            raise InputError(
+                f"{path}: cannot read the PQEq parameters ({error.strerror}); give an existing CSV"
+            ) from None
     rows = csv.DictReader(line for line in text.splitlines() if line.strip() and not line.startswith("#"))
     table: dict[str, ElementParameters] = {}
     for row in rows:
@@ -150,7 +154,6 @@ class _Structure:
             -self.z,
             accuracy=model.accuracy,
             k_e=model.coulomb_constant,
-            shell_reach=self.bound,
         )
         if model.conserve == "fragments":
             if system.fragments is None or system.fragment_charges is None:
@@ -174,7 +177,8 @@ class _Structure:
         if self.system.carried is None:
             if bool((self.field != 0).any()):
                 raise InputError(
-                    f"charges.response is {self.model.response} in a field but the structure carries no charges: prepare it first"
+                    f"charges.response is {self.model.response} in a field but the structure carries no charges: "
+                    "prepare it first"
                 )
             return q.detach()
         return self.system.carried
@@ -216,9 +220,7 @@ class _Structure:
 
     def precondition(self, residual: Tensor) -> Tensor:
         balanced = residual[:, 0] - self.multiplier(residual)[self.group]
-        return torch.cat(
-            [(self.inverse_q * balanced)[:, None], self.inverse_shell[:, None] * residual[:, 1:]], dim=1
-        )
+        return torch.cat([(self.inverse_q * balanced)[:, None], self.inverse_shell[:, None] * residual[:, 1:]], dim=1)
 
     def largest_step(self, y: Tensor, direction: Tensor) -> float:
         """Step along which the first shell reaches its bound."""
@@ -251,7 +253,7 @@ class PQEq:
     shell_limit: float = 0.25
     accuracy: float = 1e-6
     coulomb_constant: float = COULOMB_CONSTANT
-    tolerance: float = 1e-9
+    tolerance: float = 1e-8
 
     def __post_init__(self) -> None:
         choices = {
@@ -279,7 +281,10 @@ class PQEq:
         return cls(**{**config, "parameters": table})
 
     def tensors(self, system: Systems) -> dict[str, Tensor]:
-        """Per-atom parameters [N]: chi, eta (eV), Z (e), K (eV/Å²), alpha (Å⁻²). Raises InputError for an unknown element."""
+        """Per-atom parameters [N]: chi, eta (eV), Z (e), K (eV/Å²), alpha (Å⁻²).
+
+        Raises InputError for an unknown element.
+        """
         present = sorted(set(system.numbers.tolist()))
         missing = [chemical_symbols[z] for z in present if chemical_symbols[z] not in self.parameters]
         if missing:
@@ -303,8 +308,8 @@ class PQEq:
         pbc = system.pbc[0]
         if bool(pbc.any()) and not bool(pbc.all()):
             raise InputError(
-                "the structure is periodic in some directions only: coulomb.boundary open or periodic is available; set pbc to "
-                "T T T (with vacuum) or F F F"
+                "the structure is periodic in some directions only: coulomb.boundary open or periodic is available; "
+                "set pbc to T T T (with vacuum) or F F F"
             )
         cells = system.cell[0]
         along = (cells @ system.field[0]).abs() > 1e-12
@@ -312,13 +317,13 @@ class PQEq:
             return
         if self.conserve == "total":
             raise InputError(
-                "field along a periodic direction with charges.response all and charges.conserve total: charge would flow across "
-                "the cell without end; set charges.conserve to fragments or charges.response to shells"
+                "field along a periodic direction with charges.response all and charges.conserve total: charge would "
+                "flow across the cell without end; set charges.conserve to fragments or charges.response to shells"
             )
         if bool((percolating(system)[0] & along).any()):
             raise InputError(
-                "field along a direction in which a fragment is bonded to its own image: its charge could flow across the cell; "
-                "set charges.response to shells"
+                "field along a direction in which a fragment is bonded to its own image: "
+                "its charge could flow across the cell; set charges.response to shells"
             )
 
     def solve(
@@ -381,8 +386,8 @@ class PQEq:
                 else "reduce charges.shell_limit, or give stiffer parameters (larger K)"
             )
             raise NoStablePointError(
-                f"no stable point for charges and shells: polarization catastrophe at atom {atom} ({symbol}), whose shell is "
-                f"{float(length[atom]):.2f} Å from its core; {fix}"
+                f"no stable point for charges and shells: polarization catastrophe at atom {atom} ({symbol}), "
+                f"whose shell is {float(length[atom]):.2f} Å from its core; {fix}"
             )
         raise NotConvergedError(
             f"charges did not converge: residual {solution.residual:.1e} V after {solution.products} products (asked "

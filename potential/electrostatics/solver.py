@@ -63,8 +63,9 @@ class Solution:
 def linear_solve(
     point: Point, functional: Functional, right: Tensor, *, tolerance: float, max_iterations: int = 500
 ) -> tuple[Tensor, int, bool]:
-    """x with H x = right on the constraint surface to ``tolerance`` (largest residual); (x, products, met negative curvature).
+    """x with H x = right on the constraint surface to ``tolerance`` (largest residual).
 
+    Returns (x, products, met negative curvature).
     Where the curvature turns negative the iterate so far is returned (or the direction itself, at the first step).
     """
     x = torch.zeros_like(right)

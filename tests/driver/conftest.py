@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from ipi_runs import LIMIT, Processes, direct, table, write_input
 
 

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ipi_runs import LIMIT, TOY, TOY_PES, direct, free_port, rows, table, trajectory, unix, until, write_input
-from toy import ToyEvaluator
 
 from voltpi.driver import pes
 from voltpi.driver.client import TcpAddress, UnixAddress, connect, evaluate_batch, serve
 from voltpi.driver.protocol import Structures
 from voltpi.potential.errors import InputError, VoltPIError
+
+from ipi_runs import LIMIT, TOY, TOY_PES, direct, free_port, rows, table, trajectory, unix, until, write_input
+from toy import ToyEvaluator
 
 pytestmark = pytest.mark.timeout(120)
 

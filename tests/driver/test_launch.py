@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ipi_runs import LIMIT, TOY, TOY_PES, direct, free_port, rows, table, trajectory, unix, until, write_input
 from rich.console import Console
 
 from voltpi.driver import launch, pes
 from voltpi.driver.ipi_input import SocketForceField, read_input
 from voltpi.driver.progress import Progress, checkpoint_state, last_row
 from voltpi.potential.errors import InputError
+
+from ipi_runs import LIMIT, TOY, TOY_PES, direct, free_port, rows, table, trajectory, unix, until, write_input
 
 pytestmark = pytest.mark.timeout(120)
 

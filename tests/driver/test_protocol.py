@@ -13,10 +13,11 @@ from multiprocessing import resource_tracker, shared_memory
 
 import numpy as np
 import pytest
-from toy import Result
 
 from voltpi.driver.protocol import Closed, ProtocolError, Structures, Wire, encode_extras, real_structures
 from voltpi.potential.errors import VoltPIError
+
+from toy import Result
 
 pytestmark = pytest.mark.timeout(20)
 

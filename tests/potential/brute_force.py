@@ -59,9 +59,9 @@ class BruteForce:
         volume = abs(np.linalg.det(self.cell))
         potential, gradient = np.zeros(len(x)), np.zeros((len(x), 3))
         for n0 in range(0, reach[0] + 1):
-            grid = np.stack(
-                np.meshgrid([n0], *(np.arange(-m, m + 1) for m in reach[1:]), indexing="ij"), -1
-            ).reshape(-1, 3)
+            grid = np.stack(np.meshgrid([n0], *(np.arange(-m, m + 1) for m in reach[1:]), indexing="ij"), -1).reshape(
+                -1, 3
+            )
             if n0 == 0:
                 grid = grid[(grid != 0).any(1)]
             k = grid @ basis
@@ -90,7 +90,10 @@ class BruteForce:
         return potential, gradient
 
     def __call__(self, charges, shells, carried=None):
-        """(energy, ∂E/∂q [N], ∂E/∂Δ [N, 3], forces on atoms [N, 3]) for ``response: all``, or ``shells`` with carried charges."""
+        """(energy, ∂E/∂q [N], ∂E/∂Δ [N, 3], forces on atoms [N, 3]).
+
+        For ``response: all``, or ``shells`` with carried charges.
+        """
         n = len(self.r)
         x = np.concatenate([self.r, self.r + shells])
         q = np.concatenate([charges + self.z, -self.z])
@@ -98,9 +101,7 @@ class BruteForce:
         spring, pull = self._spring(shells)
         coupled = charges if carried is None else carried
         dipole = coupled @ self.r - self.z @ shells
-        energy = (
-            self.chi @ charges + 0.5 * self.eta @ charges**2 + spring + 0.5 * q @ potential - self.field @ dipole
-        )
+        energy = self.chi @ charges + 0.5 * self.eta @ charges**2 + spring + 0.5 * q @ potential - self.field @ dipole
         g_q = self.chi + self.eta * charges + potential[:n] - (self.r @ self.field if carried is None else 0)
         g_shell = pull - self.z[:, None] * gradient[n:] + self.z[:, None] * self.field
         forces = -(q[:, None] * gradient).reshape(2, n, 3).sum(0) + coupled[:, None] * self.field

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from structures import water_box
+
 from voltpi.potential.checkpoints import list_models, load_potential, read_card, read_description, save_potential
 from voltpi.potential.dispersion import D3
 from voltpi.potential.electrostatics.pqeq import PQEq
@@ -15,6 +15,8 @@ from voltpi.potential.errors import InputError
 from voltpi.potential.model import Potential
 from voltpi.potential.shortrange.nequip import NequIP
 from voltpi.potential.systems import Systems
+
+from structures import water_box
 
 
 def build():
@@ -47,7 +49,11 @@ def test_files_that_are_no_models(tmp_path):
     save_file({"x": torch.zeros(1)}, path, metadata={"voltpi": json.dumps({"format": 99})})
     with pytest.raises(InputError, match="model format 99, this version reads 1"):
         load_potential(path)
-    description = {"format": 1, "short_range": {"kind": "nequip", "config": build().short_range.config}, "charges": None}
+    description = {
+        "format": 1,
+        "short_range": {"kind": "nequip", "config": build().short_range.config},
+        "charges": None,
+    }
     description |= {"dispersion": None, "reference_energies": {}, "card": {}}
     save_file({"x": torch.zeros(1)}, path, metadata={"voltpi": json.dumps(description)})
     with pytest.raises(InputError, match="do not fit its own description"):

@@ -1,7 +1,7 @@
 """One suite for every potential and setting: symmetries, batches, derivatives, in and out of a field.
 
-Potentials run in double precision; the network's weights are random, which is the sharper test of its symmetries, and the
-shipped model runs too.
+Potentials run in double precision; the network's weights are random, which is the sharper test of its symmetries, and
+the shipped model runs too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
-from structures import water_box, water_dimer
+
 from voltpi.potential.checkpoints import load_potential
 from voltpi.potential.dispersion import D3
 from voltpi.potential.electrostatics.pqeq import PQEq
@@ -18,6 +18,8 @@ from voltpi.potential.errors import InputError
 from voltpi.potential.model import Potential
 from voltpi.potential.shortrange.nequip import NequIP
 from voltpi.potential.systems import Systems
+
+from structures import water_box, water_dimer
 
 FIELD = np.array([0.05, -0.1, 0.07])
 TIGHT = {"accuracy": 1e-8, "tolerance": 1e-11}

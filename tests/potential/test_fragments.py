@@ -7,10 +7,12 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
-from structures import water_box
+
 from voltpi.potential.errors import InputError
 from voltpi.potential.fragments import assign_fragments, percolating, whole_positions
 from voltpi.potential.systems import Systems
+
+from structures import water_box
 
 
 def test_water_molecules_are_found_however_they_are_wrapped():
@@ -45,7 +47,9 @@ def test_a_long_chain_is_made_whole():
 def test_close_hydrogens_do_not_join_molecules(gap):
     """Two molecules whose hydrogens touch, as path integrals and random packings bring them."""
     x = 1.92 + gap
-    atoms = Atoms("OH2OH2", [[0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0], [x, 0, 0], [x - 0.96, 0, 0], [x + 0.24, 0.93, 0]])
+    atoms = Atoms(
+        "OH2OH2", [[0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0], [x, 0, 0], [x - 0.96, 0, 0], [x + 0.24, 0.93, 0]]
+    )
     assert assign_fragments(Systems.from_atoms(atoms)).fragments.tolist() == [0, 0, 0, 1, 1, 1]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mpmath
 import pytest
 import torch
+
 from voltpi.potential.electrostatics.gaussians import boys, erf_kernel, smooth_switch, switched
 
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from ase import Atoms
 from ase.neighborlist import neighbor_list as ase_neighbors
-from structures import rattled_salt, water_box, water_dimer
+
 from voltpi.potential.errors import InputError
 from voltpi.potential.neighbors import NeighborCache, check_geometry, neighbor_list
 from voltpi.potential.systems import Systems
+
+from structures import rattled_salt, water_box, water_dimer
 
 
 def as_set(i, j, shift):
@@ -26,7 +28,9 @@ def test_same_pairs_as_ase(build, pbc):
     ours = neighbor_list(Systems.from_atoms(atoms), 5.0)
     i, j, shift, vectors = ase_neighbors("ijSD", atoms, 5.0)
     assert as_set(*ours.index, ours.shift) == as_set(i, j, shift)
-    assert sorted(ours.vectors.norm(dim=1).tolist()) == pytest.approx(sorted(np.linalg.norm(vectors, axis=1)), abs=1e-12)
+    assert sorted(ours.vectors.norm(dim=1).tolist()) == pytest.approx(
+        sorted(np.linalg.norm(vectors, axis=1)), abs=1e-12
+    )
 
 
 def test_half_lists_hold_every_pair_once():

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from brute_force import BruteForce
-from structures import rattled_salt, reference_structures, water_box, water_dimer
+
 from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT, ElementParameters, PQEq, read_parameters
 from voltpi.potential.errors import InputError, NoStablePointError
 from voltpi.potential.fragments import assign_fragments
 from voltpi.potential.systems import Systems
+
+from brute_force import BruteForce
+from structures import rattled_salt, reference_structures, water_box, water_dimer
 
 TABLE = read_parameters()
 FIELD = (0.05, -0.1, 0.07)
@@ -193,7 +195,10 @@ def test_madelung_constant_of_rock_salt():
 
 
 def test_water_monomer_is_close_to_the_published_code():
-    """ReaxNet's own number (taper at 12.5 Å, converged): −0.7433675 eV; without taper the same parameters differ by 1 meV."""
+    """ReaxNet's own number (taper at 12.5 Å, converged): −0.7433675 eV.
+
+    Without taper the same parameters differ by 1 meV.
+    """
     atoms, _ = REFERENCES["water_monomer"]
     atoms.pbc = False
     energy = PQEq(limiter="none").solve(Systems.from_atoms(atoms)).energy.item()
@@ -201,12 +206,12 @@ def test_water_monomer_is_close_to_the_published_code():
 
 
 def test_shells_stay_within_the_limit_where_the_bare_spring_breaks():
-    """Springs ten times too soft: the bare spring has no stable point, the limited one has, with exact forces."""
+    """Springs thirty times too soft: the bare spring has no stable point, the limited one has, with exact forces."""
     soft = {k: p._replace(K=0.03 * p.K) for k, p in TABLE.items() if k in "OH"}
     system = Systems.from_atoms(water_dimer())
     limited = PQEq(parameters=soft).solve(system)
     assert 0.1 < float(limited.shells.norm(dim=1).max()) < 0.25
-    assert limited.residual < 1e-9
+    assert limited.residual < 1e-8
     with pytest.raises(NoStablePointError, match=r"polarization catastrophe at atom \d+ \(\w+\).*limiter"):
         PQEq(parameters=soft, limiter="none").solve(system)
 
