@@ -21,7 +21,6 @@ demo: $(STAMP)
 	$(BIN)/voltpi new water-field demo
 	$(BIN)/voltpi run demo/input.xml
 	$(BIN)/voltpi analyze polarization demo
-	$(BIN)/voltpi analyze field-response demo
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q

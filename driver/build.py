@@ -22,6 +22,9 @@ _TRAINED = {
     "coulomb.coulomb_constant": "coulomb_constant",
 }
 
+# V; `precision: double` is for derivatives by finite differences, where the residual of the charges is the noise
+_TOLERANCE = {"double": 1e-10}
+
 
 def build_potential(settings: Settings) -> Potential:
     """The potential that the settings describe, on its device.
@@ -102,6 +105,7 @@ def _charges(settings: Settings) -> Any:
         shell_limit=c.shell_limit,
         accuracy=settings.coulomb.accuracy,
         coulomb_constant=COULOMB_CONSTANT if constant == "codata" else float(constant),
+        tolerance=_TOLERANCE.get(settings.precision, PQEq.tolerance),
     )
 
 
@@ -143,8 +147,10 @@ def _from_checkpoint(settings: Settings, device: str) -> Potential:
         trained = getattr(potential.dispersion, key, "no dispersion")
         if given.get(f"dispersion.{key}", trained) != trained:
             raise contradiction(f"dispersion.{key}", trained)
-    if "coulomb.accuracy" in given and charges is not None:
-        potential.charges = dataclasses.replace(charges, accuracy=settings.coulomb.accuracy)
+    if charges is not None:
+        accuracy = settings.coulomb.accuracy if "coulomb.accuracy" in given else charges.accuracy
+        tolerance = _TOLERANCE.get(settings.precision, charges.tolerance)
+        potential.charges = dataclasses.replace(charges, accuracy=accuracy, tolerance=tolerance)
     return potential
 
 

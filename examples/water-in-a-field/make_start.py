@@ -75,7 +75,8 @@ def classical(atoms: Atoms, picoseconds: float, rng: np.random.Generator) -> Non
     """Flexible TIP3P at 300 K, from the grid through a hot, strongly damped start."""
     atoms.calc = FlexibleWater()
     for friction, count in ((0.1, 2000), (0.01, int(picoseconds * 2000))):
-        dynamics = Langevin(atoms, 0.5 * units.fs, temperature_K=300, friction=friction / units.fs, rng=rng, fixcm=False)
+        options = {"temperature_K": 300, "friction": friction / units.fs, "rng": rng, "fixcm": False}
+        dynamics = Langevin(atoms, 0.5 * units.fs, **options)
         for _ in track(range(count // 100), description="flexible TIP3P"):
             dynamics.run(100)
 
