@@ -10,13 +10,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 from ase.data import covalent_radii
+from ase.geometry import complete_cell, minkowski_reduce
 from torch import Tensor
 
 from voltpi.potential.errors import InputError
 from voltpi.potential.neighbors import neighbor_list
 from voltpi.potential.systems import Systems
 
-__all__ = ["BOND_TOLERANCE", "assign_fragments", "percolating", "whole_positions"]
+__all__ = ["BOND_TOLERANCE", "assign_fragments", "check_whole", "percolating", "whole_positions"]
 
 BOND_TOLERANCE = 1.25
 """Two atoms are bonded below this multiple of the sum of their covalent radii (O–H: 1.21 Å)."""
@@ -115,6 +116,42 @@ def assign_fragments(
     )
 
 
+def _nearest_images(step: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:
+    """Integers [n, 3] to add, in lattice vectors, so that steps [n, 3] (Å) become the shortest.
+
+    Rounding is done in the Minkowski-reduced cell: in a skewed one the smallest fraction is not the nearest image.
+    """
+    if not bool(pbc.any()):
+        return torch.zeros_like(step)
+    full = complete_cell(cell.detach().cpu().numpy())
+    reduced, operation = minkowski_reduce(full, pbc.cpu().numpy())
+    inverse = torch.as_tensor(np.linalg.inv(reduced), dtype=step.dtype, device=step.device)
+    back = torch.as_tensor(np.asarray(operation), dtype=step.dtype, device=step.device)
+    periodic = torch.as_tensor(pbc, device=step.device)
+    return -(torch.round(step.detach() @ inverse) * periodic) @ back
+
+
+def check_whole(systems: Systems) -> None:
+    """Refuses fragments that are not one bonded piece, for their dipole would depend on where the cell is cut.
+
+    Raises InputError that names the two atoms; a link may stretch to twice the sum of the covalent radii.
+    """
+    if systems.parents is None:
+        return
+    whole = whole_positions(systems)
+    radii = torch.as_tensor(covalent_radii, dtype=torch.float64, device=systems.device)[systems.numbers]
+    length = (whole - whole[systems.parents]).norm(dim=-1)
+    apart = (length > 2 * (radii + radii[systems.parents])).nonzero()[:, 0]
+    if apart.numel():
+        atom, parent = int(apart[0]), int(systems.parents[apart[0]])
+        symbols = systems.symbols
+        raise InputError(
+            f"atoms {parent} ({symbols[parent]}) and {atom} ({symbols[atom]}) belong to one fragment but are "
+            f"{float(length[atom]):.2f} Å apart: its dipole is not well defined in a cell; use charges.response "
+            "shells, or fragments that stay bonded"
+        )
+
+
 def whole_positions(systems: Systems) -> Tensor:
     """Positions [n, 3] (Å) with every fragment made whole around its root; unchanged where there are no fragments.
 
@@ -126,13 +163,10 @@ def whole_positions(systems: Systems) -> Tensor:
     parents = systems.parents
     step = systems.positions - systems.positions[parents]
     cells = systems.cell[systems.batch]
-    safe = torch.where(
-        systems.pbc.any(-1)[:, None, None], systems.cell, torch.eye(3, dtype=cells.dtype, device=cells.device)
-    )
-    rows = torch.linalg.norm(safe, dim=-1) < 1e-9  # a missing vector in a direction that is not periodic
-    safe = safe + torch.diag_embed(rows.to(safe.dtype))
-    fractional = torch.einsum("na,nab->nb", step, torch.linalg.inv(safe)[systems.batch])
-    image = -torch.round(fractional.detach()) * systems.pbc[systems.batch]
+    image = torch.zeros_like(step)
+    for b in range(systems.n_systems):
+        atoms = systems.batch == b
+        image[atoms] = _nearest_images(step[atoms], systems.cell[b], systems.pbc[b])
     ancestor = parents
     for _ in range(64):  # pointer doubling: sums the images along the path to the root
         up = image[ancestor]

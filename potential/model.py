@@ -103,6 +103,8 @@ class Potential:
             free = systems.replace(field=torch.zeros_like(systems.field))
             carried = torch.cat([self.charges.solve(s).charges for s in free.split()])
             systems = systems.replace(carried=carried)
+        if systems.carried is not None:
+            _check_carried(systems)
         return systems
 
     def __call__(
@@ -183,7 +185,6 @@ class Potential:
             guesses = list(zip(start.charges.split(counts), start.shells.split(counts), strict=True))
         solutions = []
         for system, guess in zip(systems.split(), guesses, strict=True):
-            self.charges.check_field(system)
             solutions.append(
                 self.charges.solve(system, start=guess, born_charges=born_charges, polarizability=polarizability)
             )
@@ -202,6 +203,25 @@ class Potential:
         energy = torch.zeros(systems.n_systems, dtype=torch.float64, device=self.device)
         energy.index_add_(0, systems.batch, atomic.detach().to(torch.float64))
         return (energy, *pair_derivatives(systems, pairs, gradient.to(torch.float64)))
+
+
+def _check_carried(systems: Systems) -> None:
+    """Carried charges must add up to the net charge, or a field would push the centre of mass."""
+    carried = systems.carried
+    assert carried is not None
+    if carried.shape != systems.numbers.shape or not bool(torch.isfinite(carried).all()):
+        raise InputError(
+            f"charges.carried has shape {tuple(carried.shape)} for {systems.n_atoms} atoms, or is not finite: give one "
+            "charge (e) for every atom"
+        )
+    sums = torch.zeros_like(systems.net_charge).index_add_(0, systems.batch, carried)
+    wrong = (sums - systems.net_charge).abs() > 1e-6
+    if bool(wrong.any()):
+        b = int(wrong.nonzero()[0])
+        raise InputError(
+            f"charges.carried add up to {float(sums[b]):g} e but charges.net_charge is "
+            f"{float(systems.net_charge[b]):g} e: make them equal"
+        )
 
 
 def _collect(solutions: list[PQEqSolution], name: str, join: Any) -> Tensor:

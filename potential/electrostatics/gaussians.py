@@ -55,7 +55,7 @@ def smooth_switch(u: Tensor, start: float, end: float) -> tuple[Tensor, Tensor, 
     """1 below ``start``, 0 above ``end``, C² between; with its first and second derivative in u."""
     width = end - start
     x = ((u - start) / width).clamp(0, 1)
-    value = 1 - x**3 * (10 - 15 * x + 6 * x * x)
+    value = (1 - x) ** 3 * (1 + 3 * x + 6 * x * x)  # this form never rounds below zero
     first = -30 * (x * (1 - x)) ** 2 / width
     second = -60 * x * (1 - x) * (1 - 2 * x) / width**2
     return value, first, second

@@ -28,7 +28,7 @@ from torch import Tensor
 from voltpi.potential.electrostatics.ewald import CoulombOperator, CoulombState
 from voltpi.potential.electrostatics.solver import linear_solve, minimize
 from voltpi.potential.errors import InputError, NoStablePointError, NotConvergedError
-from voltpi.potential.fragments import percolating, whole_positions
+from voltpi.potential.fragments import check_whole, percolating, whole_positions
 from voltpi.potential.systems import Systems
 
 __all__ = ["COULOMB_CONSTANT", "KCAL_PER_EV", "ElementParameters", "PQEq", "PQEqSolution", "read_parameters"]
@@ -222,6 +222,11 @@ class _Structure:
         balanced = residual[:, 0] - self.multiplier(residual)[self.group]
         return torch.cat([(self.inverse_q * balanced)[:, None], self.inverse_shell[:, None] * residual[:, 1:]], dim=1)
 
+    def scale(self, direction: Tensor) -> Tensor:
+        return torch.cat(
+            [direction[:, :1] / self.inverse_q[:, None], direction[:, 1:] / self.inverse_shell[:, None]], dim=1
+        )
+
     def largest_step(self, y: Tensor, direction: Tensor) -> float:
         """Step along which the first shell reaches its bound."""
         shells, d = y[:, 1:], direction[:, 1:]
@@ -320,6 +325,7 @@ class PQEq:
                 "field along a periodic direction with charges.response all and charges.conserve total: charge would "
                 "flow across the cell without end; set charges.conserve to fragments or charges.response to shells"
             )
+        check_whole(system)
         if bool((percolating(system)[0] & along).any()):
             raise InputError(
                 "field along a direction in which a fragment is bonded to its own image: "
@@ -342,8 +348,12 @@ class PQEq:
         NotConvergedError : the residual stayed above ``tolerance``
         InputError : unknown element, field that is not well defined
         """
+        self.check_field(system)
         structure = _Structure(self, system)
-        solution = minimize(structure, structure.start(start), tolerance=self.tolerance)
+        # a warm start follows its branch; what is new is checked to be a minimum
+        solution = minimize(structure, structure.start(start), tolerance=self.tolerance, check=start is None)
+        if start is not None and not solution.converged:
+            solution = minimize(structure, structure.start(None), tolerance=self.tolerance)
         point = solution.point
         assert isinstance(point, _Point)
         self._check(system, point, solution)
@@ -379,19 +389,15 @@ class PQEq:
             raise NotConvergedError(f"charges became NaN near atom {atom} ({symbol}): check the structure")
         if solution.converged:
             return
-        if solution.negative_curvature or float(length[atom]) > 0.8 * bound:
-            fix = (
-                "set charges.limiter to fene"
-                if self.limiter == "none"
-                else "reduce charges.shell_limit, or give stiffer parameters (larger K)"
-            )
+        if self.limiter == "none" and (solution.negative_curvature or float(length[atom]) > 0.8 * bound):
             raise NoStablePointError(
-                f"no stable point for charges and shells: polarization catastrophe at atom {atom} ({symbol}), "
-                f"whose shell is {float(length[atom]):.2f} Å from its core; {fix}"
+                f"no stable point for charges and shells: polarization catastrophe at atom {atom} ({symbol}), whose "
+                f"shell is {float(length[atom]):.2f} Å from its core; set charges.limiter to fene"
             )
         raise NotConvergedError(
             f"charges did not converge: residual {solution.residual:.1e} V after {solution.products} products (asked "
-            f"{self.tolerance:.1e} V); loosen the tolerance, or check the structure near atom {atom} ({symbol})"
+            f"{self.tolerance:.1e} V); check the structure near atom {atom} ({symbol}), whose shell is "
+            f"{float(length[atom]):.2f} Å from its core, or give it a stiffer spring (larger K)"
         )
 
     def _field_response(self, structure: _Structure, point: _Point, coupled: Tensor) -> tuple[Tensor, Tensor]:
@@ -405,8 +411,17 @@ class PQEq:
             if structure.charges_feel_field:
                 mixed[:, 0] = -structure.whole[:, a]
             mixed[:, 1 + a] = structure.shell_coupling * structure.z
-            dy, _, _ = linear_solve(point, structure, -mixed, tolerance=0.1 * self.tolerance)
-            dq, dshells = dy[:, 0], dy[:, 1:]
+            answer = linear_solve(point, structure, -mixed, tolerance=0.1 * self.tolerance)
+            if answer.negative_curvature:
+                raise NoStablePointError(
+                    "the response to a field does not exist: charges and shells are at a saddle point (a polarization "
+                    "catastrophe is near); set charges.limiter to fene, or give stiffer parameters (larger K)"
+                )
+            if not answer.converged:
+                raise NotConvergedError(
+                    f"the response to a field did not converge in {answer.products} products; check the structure"
+                )
+            dq, dshells = answer.x[:, 0], answer.x[:, 1:]
             change = point.coulomb.core_gradient_change(dq, dshells)
             born[:, a] = -change
             born[:, a, a] += coupled

@@ -10,13 +10,17 @@ The solver knows nothing of Coulomb: it asks a ``Functional`` for energy, gradie
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Functional", "Point", "Solution", "linear_solve", "minimize"]
+__all__ = ["Functional", "LinearSolution", "Point", "Solution", "linear_solve", "minimize", "negative_direction"]
+
+_PROBES = 200  # products that look for negative curvature; 4 to 6 suffice at a sound minimum
+_ESCAPES = 8  # saddle points left on the way down
 
 
 class Point(Protocol):
@@ -44,6 +48,9 @@ class Functional(Protocol):
     def precondition(self, residual: Tensor) -> Tensor:
         """Approximate inverse Hessian times a residual, on the constraint surface, [N, 4]."""
 
+    def scale(self, direction: Tensor) -> Tensor:
+        """Inverse of ``precondition`` without the constraint: the size of a direction, [N, 4]."""
+
     def largest_step(self, y: Tensor, direction: Tensor) -> float:
         """How far y may go along a direction before it leaves where the functional is defined."""
 
@@ -60,12 +67,21 @@ class Solution:
     converged: bool
 
 
+@dataclass(frozen=True)
+class LinearSolution:
+    """x [N, 4], Hessian products used, whether it converged, whether it met negative curvature."""
+
+    x: Tensor
+    products: int
+    converged: bool
+    negative_curvature: bool
+
+
 def linear_solve(
     point: Point, functional: Functional, right: Tensor, *, tolerance: float, max_iterations: int = 500
-) -> tuple[Tensor, int, bool]:
-    """x with H x = right on the constraint surface to ``tolerance`` (largest residual).
+) -> LinearSolution:
+    """Solves H x = right on the constraint surface by conjugate gradients, to ``tolerance`` (largest residual).
 
-    Returns (x, products, met negative curvature).
     Where the curvature turns negative the iterate so far is returned (or the direction itself, at the first step).
     """
     x = torch.zeros_like(right)
@@ -75,11 +91,13 @@ def linear_solve(
     rz = (r * z).sum()
     for k in range(max_iterations):
         if float(r.abs().max()) <= tolerance:
-            return x, k, False
+            return LinearSolution(x, k, True, False)
         hp = point.product(p)
-        curvature = (p * hp).sum()
-        if float(curvature) <= 0:
-            return (x if k else p), k + 1, True
+        curvature = float((p * hp).sum())
+        if not math.isfinite(curvature):
+            return LinearSolution(x, k + 1, False, False)
+        if curvature <= 0:
+            return LinearSolution(x if k else p, k + 1, False, True)
         step = rz / curvature
         x = x + step * p
         r = r - step * functional.project(hp)
@@ -87,14 +105,72 @@ def linear_solve(
         rz_new = (r * z).sum()
         p = z + (rz_new / rz) * p
         rz = rz_new
-    return x, max_iterations, False
+    return LinearSolution(x, max_iterations, False, False)
 
 
-def minimize(functional: Functional, start: Tensor, *, tolerance: float, max_steps: int = 100) -> Solution:
-    """Stationary point of the functional nearest downhill from ``start`` [N, 4] (already on the constraint surface).
+def negative_direction(point: Point, functional: Functional, like: Tensor) -> tuple[Tensor | None, int]:
+    """A direction of negative curvature at a linearized point, or None at a minimum; and the products it took.
 
-    ``tolerance`` is the largest residual in V (charges) and V/Å·e (shells).
+    Conjugate gradients from a fixed right-hand side without symmetry, so that a saddle that the structure's own
+    symmetry hides from the gradient is found (a cold start has all shells at zero). Stops where the residual has fallen
+    a thousandfold.
     """
+    k = torch.arange(like.numel(), dtype=like.dtype, device=like.device).reshape(like.shape)
+    r = functional.project(torch.sin(1.0 + 0.7390851332151607 * k * k))
+    z = functional.precondition(r)
+    p = z
+    rz = (r * z).sum()
+    first = float(rz)
+    for n in range(1, _PROBES + 1):
+        hp = point.product(p)
+        curvature = float((p * hp).sum())
+        if curvature < -1e-6 * float((p * functional.scale(p)).sum()):
+            return p, n
+        if curvature <= 0:
+            return None, n  # a neutral mode
+        step = rz / curvature
+        r = r - step * functional.project(hp)
+        z = functional.precondition(r)
+        rz_new = (r * z).sum()
+        if float(rz_new) < 1e-6 * first:
+            return None, n
+        p = z + (rz_new / rz) * p
+        rz = rz_new
+    return None, _PROBES
+
+
+def minimize(
+    functional: Functional, start: Tensor, *, tolerance: float, check: bool = True, max_steps: int = 100
+) -> Solution:
+    """Minimum of the functional nearest downhill from ``start`` [N, 4] (already on the constraint surface).
+
+    ``tolerance`` is the largest residual in V (charges) and V/Å·e (shells). With ``check`` a stationary point is
+    accepted only where no direction of negative curvature leads on; the solver follows such a direction downhill.
+    """
+    solution = _descend(functional, start, tolerance, max_steps)
+    products = solution.products
+    for _ in range(_ESCAPES if check else 0):
+        if not solution.converged:
+            break
+        solution.point.linearize()
+        p, count = negative_direction(solution.point, functional, solution.y)
+        products += count
+        if p is None:
+            break
+        p = p * (0.01 / float(p.abs().max()))
+        if float((p * solution.point.gradient).sum()) > 0:
+            p = -p
+        p = p * min(1.0, 0.5 * functional.largest_step(solution.y, p))
+        solution = _descend(functional, solution.y + p, tolerance, max_steps)
+        products += solution.products
+    else:
+        if check:
+            solution = replace(solution, converged=False, negative_curvature=True)
+    return replace(solution, products=products)
+
+
+def _descend(functional: Functional, start: Tensor, tolerance: float, max_steps: int) -> Solution:
+    """Truncated Newton from a start to the nearest stationary point downhill."""
     y = start
     point = functional.at(y)
     products = 0
@@ -102,12 +178,13 @@ def minimize(functional: Functional, start: Tensor, *, tolerance: float, max_ste
     residual = functional.project(point.gradient)
     largest = float(residual.abs().max())
     for _ in range(max_steps):
-        if largest <= tolerance:
+        if largest <= tolerance or not math.isfinite(largest):
             break
         point.linearize()
         inner = max(0.3 * tolerance, 0.01 * largest * min(0.1, largest))
-        direction, count, negative = linear_solve(point, functional, -residual, tolerance=inner)
-        products += count
+        step = linear_solve(point, functional, -residual, tolerance=inner)
+        direction, negative = step.x, step.negative_curvature
+        products += step.products
         slope = float((residual * direction).sum())
         if slope > 0:
             direction, slope = -direction, -slope

@@ -95,3 +95,14 @@ def test_split_and_join_keep_fragments_and_parents():
     assert back.parents.tolist() == one.parents.tolist()
     with pytest.raises(ValueError, match="only some have fragments"):
         Systems.join([one, Systems.from_atoms(water_box())])
+
+
+@pytest.mark.parametrize("cell", [[[10, 0, 0], [95, 10, 0], [0, 0, 10]], [[10, 0, 0], [0, 10, 0], [0, 0, 0]]])
+def test_whole_molecules_in_skewed_cells_and_slabs_stay_as_they_are(cell):
+    atoms = Atoms("OH2", [[0, 0, 0], [0.76, 0.59, 0], [-0.76, 0.59, 0]], cell=cell, pbc=[True, True, cell[2][2] > 0])
+    system = assign_fragments(Systems.from_atoms(atoms))
+    assert torch.equal(whole_positions(system), system.positions)
+    moved = system.replace(
+        positions=system.positions + torch.tensor(np.array([[0, 0, 0], cell[1], cell[0]]), dtype=torch.float64)
+    )
+    assert torch.allclose(whole_positions(moved), system.positions, atol=1e-9)

@@ -300,3 +300,35 @@ def test_config_round_trip():
     again = PQEq.from_config(model.config)
     assert again == model
     assert math.isclose(again.coulomb_constant, COULOMB_CONSTANT)
+
+
+def test_a_saddle_point_hidden_by_symmetry_is_left():
+    """Ideal LiF with springs 33 times too soft: zero shells are stationary by symmetry, but no minimum."""
+    from ase.build import bulk
+
+    soft = {k: p._replace(K=0.03 * p.K) for k, p in TABLE.items() if k in ("Li", "F")}
+    system = Systems.from_atoms(bulk("LiF", "rocksalt", 4.03, cubic=True))
+    with pytest.raises(NoStablePointError, match="polarization catastrophe"):
+        PQEq(parameters=soft, limiter="none").solve(system)
+    limited = PQEq(parameters=soft).solve(system)
+    assert float(limited.shells.norm(dim=1).max()) > 0.05
+    rattled = system.replace(positions=system.positions + 1e-4 * torch.sin(torch.arange(24.0).reshape(8, 3)).double())
+    assert limited.energy.item() == pytest.approx(PQEq(parameters=soft).solve(rattled).energy.item(), abs=0.05)
+
+
+def test_virial_at_a_wave_vector_on_the_edge_of_the_sum():
+    """Cells in which a wave vector sits where the switch is nearly zero: the virial stays what its neighbours have."""
+    molecule = water_dimer()[:3]
+    virials = []
+    for edge in np.linspace(8.5965, 8.5975, 41):
+        molecule.set_cell([edge] * 3)
+        molecule.pbc = True
+        virials.append(PQEq().solve(Systems.from_atoms(molecule)).virial.numpy())
+    assert np.ptp(virials, axis=0).max() < 1e-2
+
+
+def test_a_fragment_that_comes_apart_is_refused_in_a_field():
+    atoms = Atoms("NaCl", [[0, 0, 0], [5.6, 0, 0]], cell=[12, 12, 12], pbc=True)
+    system = assign_fragments(Systems.from_atoms(atoms, field=(0.05, 0, 0)), labels=torch.tensor([0, 0]))
+    with pytest.raises(InputError, match=r"atoms 0 \(Na\) and 1 \(Cl\) belong to one fragment but are 5.60 Å apart"):
+        PQEq(conserve="fragments", response="all").solve(system)
