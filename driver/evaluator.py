@@ -69,6 +69,7 @@ class Evaluator:
         self._unwrap = Unwrapper(self._pbc)
         self._history: dict[Hashable, deque[torch.Tensor]] = {}
         self._last: Response | None = None
+        self._oriented = not (self._pbc.all() and bool((self.prepared.field != 0).any()))
 
     @classmethod
     def from_settings(cls, settings: Settings, template: Atoms) -> Evaluator:
@@ -105,6 +106,9 @@ class Evaluator:
         if cells.shape != (b, 3, 3):
             raise InputError(f"cells have shape {cells.shape} for {b} structures: give one 3 x 3 matrix for each")
         rows = np.ascontiguousarray(cells.transpose(0, 2, 1)) * BOHR
+        if not self._oriented:
+            self._refuse_turned(rows[0])
+            self._oriented = True
         response = self.evaluate_systems(rows, positions * BOHR, replicas)
         return self._results(response, b)
 
@@ -159,6 +163,16 @@ class Evaluator:
         if self._pbc.any() and not np.isfinite(cells).all():
             raise VoltPIError(
                 "the cell is not finite: the run has exploded; restart with a shorter timestep or barostat tau"
+            )
+
+    def _refuse_turned(self, cell: Array) -> None:
+        """i-PI turns the cells that it reads (a along x, b in the xy plane); a field does not turn along."""
+        own = self.prepared.cell[0].cpu().numpy()
+        same_shape = np.allclose(cell @ cell.T, own @ own.T, rtol=1e-4, atol=1e-4)
+        if same_shape and not np.allclose(cell, own, atol=1e-3):
+            raise InputError(
+                "i-PI has turned the cell of the start structure (a along x, b in the xy plane) but the field is given "
+                "in the file's axes: write the structure with its cell in that orientation, and the field with it"
             )
 
     def _start(self, keys: Sequence[Hashable]) -> Response | None:

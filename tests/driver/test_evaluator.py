@@ -302,7 +302,7 @@ def test_a_field_is_allowed_with_response_all_where_it_is_well_defined() -> None
 def test_fragments_and_carried_charges_come_from_the_file(tmp_path: Path) -> None:
     atoms = water()
     atoms.new_array("mol", np.array([4, 4, 4, 9, 9, 9]))
-    atoms.new_array("q", np.array([-0.6, 0.3, 0.3, -0.4, 0.2, 0.2]))
+    atoms.new_array("q", np.array([-0.6, 0.3, 0.3, 0.6, 0.2, 0.2]))
     atoms.set_initial_charges([0, 0, 0, 1, 0, 0])
     atoms.write(tmp_path / "t.xyz", format="extxyz")
     keys = {"charges.fragments": "mol", "charges.carried": "q", "charges.net_charge": 1, **FRAGMENTS}
@@ -311,7 +311,7 @@ def test_fragments_and_carried_charges_come_from_the_file(tmp_path: Path) -> Non
     charges = np.array(e.evaluate(*wire(atoms))[0].extras["charges"])
     np.testing.assert_allclose(charges.reshape(2, 3).sum(1), [0, 1], atol=1e-9)
     assert e.prepared.carried is not None
-    np.testing.assert_allclose(e.prepared.carried, [-0.6, 0.3, 0.3, -0.4, 0.2, 0.2])
+    np.testing.assert_allclose(e.prepared.carried, [-0.6, 0.3, 0.3, 0.6, 0.2, 0.2])
 
 
 # -- trained models ---------------------------------------------------------------------------------------------------
@@ -406,3 +406,15 @@ def test_unreadable_structures_are_one_sentence(tmp_path: Path, content: str, wo
         read_structures(tmp_path / "t.xyz")
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_cell_that_ipi_has_turned_is_refused_in_a_field() -> None:
+    """The cell is turned by 30° in the file, but has a along x over the wire."""
+    template = water()
+    template.rotate(30, "z", rotate_cell=True)
+    turned = evaluator(template, field=FIELD)
+    h, r = wire(water())
+    with pytest.raises(InputError, match="i-PI has turned the cell"):
+        turned.evaluate(h, r)
+    without_field = evaluator(template)
+    assert np.isfinite(without_field.evaluate(h, r)[0].energy)
