@@ -12,11 +12,14 @@ held-out data, and what it is not for.
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from ase.data import chemical_symbols
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -29,6 +32,16 @@ from voltpi.potential.shortrange.nequip import NequIP
 __all__ = ["FORMAT", "list_models", "load_potential", "model_path", "read_card", "read_description", "save_potential"]
 
 FORMAT = 1
+_OPTIONAL = (dict, type(None))
+_KEYS: dict[str, tuple[type, ...]] = {
+    "format": (int,),
+    "short_range": _OPTIONAL,
+    "charges": _OPTIONAL,
+    "dispersion": _OPTIONAL,
+    "reference_energies": (dict,),
+    "card": (dict,),
+}
+_Part = TypeVar("_Part")
 
 
 def list_models() -> list[str]:
@@ -51,7 +64,10 @@ def model_path(name_or_path: str | Path) -> Path:
 
 
 def read_description(name_or_path: str | Path) -> dict[str, Any]:
-    """The JSON object in a model file's header. Raises InputError where the file is not a VoltPI model."""
+    """The JSON object in a model file's header.
+
+    Raises InputError where the file is not a VoltPI model, or its description lacks a part or has one it should not.
+    """
     path = model_path(name_or_path)
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -61,9 +77,23 @@ def read_description(name_or_path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: not a VoltPI model (a safetensors file with a 'voltpi' header); train or import one"
         ) from None
+    if not isinstance(description, dict):
+        raise InputError(f"{path}: not a VoltPI model (its 'voltpi' header is no JSON object); train or import one")
     if description.get("format") != FORMAT:
         raise InputError(
             f"{path}: model format {description.get('format')}, this version reads {FORMAT}; "
+            "install the matching version"
+        )
+    if description.keys() != _KEYS.keys():
+        odd = ", ".join(sorted(description.keys() ^ _KEYS.keys()))
+        raise InputError(f"{path}: its description lacks or should not have: {odd}; save the model again")
+    for key, kinds in _KEYS.items():
+        if not isinstance(description[key], kinds):
+            raise InputError(f"{path}: {key} in its description is no JSON object; save the model again")
+    network = description["short_range"]
+    if network is not None and (network.get("kind") != "nequip" or not isinstance(network.get("config"), dict)):
+        raise InputError(
+            f"{path}: short_range of kind '{network.get('kind')}', this version reads nequip with its config; "
             "install the matching version"
         )
     return description
@@ -71,11 +101,15 @@ def read_description(name_or_path: str | Path) -> dict[str, Any]:
 
 def read_card(name_or_path: str | Path) -> dict[str, Any]:
     """What the model is: data, errors on held-out data, limits."""
-    return read_description(name_or_path).get("card", {})
+    return read_description(name_or_path)["card"]
 
 
 def save_potential(path: str | Path, potential: Potential, card: dict[str, Any]) -> None:
-    """Writes a whole potential with its card to one safetensors file."""
+    """Writes a whole potential with its card to one safetensors file, which is there whole or not at all.
+
+    Raises InputError for a short range that is no NequIP, and a path that cannot be written.
+    """
+    path = Path(path)
     network = potential.short_range
     if network is not None and not isinstance(network, NequIP):
         raise InputError(f"a {type(network).__name__} cannot be saved: model files hold a NequIP short range")
@@ -88,7 +122,16 @@ def save_potential(path: str | Path, potential: Potential, card: dict[str, Any])
         "reference_energies": {str(z): e for z, e in potential.reference_energies.items()},
         "card": card,
     }
-    save_file(tensors, str(path), metadata={"voltpi": json.dumps(description)})
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}; create it, or give another path")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, str(temporary), metadata={"voltpi": json.dumps(description)})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be written ({error}); give a path that can") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_potential(
@@ -99,7 +142,7 @@ def load_potential(
     path = model_path(name_or_path)
     network = None
     if description["short_range"] is not None:
-        network = NequIP(**description["short_range"]["config"])
+        network = _built(path, "short_range", lambda: NequIP(**description["short_range"]["config"]))
         network.to(torch.float64 if precision == "double" else torch.float32)
         with safe_open(str(path), framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -113,8 +156,25 @@ def load_potential(
     dispersion = description["dispersion"]
     return Potential(
         network,
-        None if charges is None else PQEq.from_config(charges),
-        None if dispersion is None else D3(**dispersion),
-        reference_energies={int(z): e for z, e in description["reference_energies"].items()},
+        None if charges is None else _built(path, "charges", lambda: PQEq.from_config(charges)),
+        None if dispersion is None else _built(path, "dispersion", lambda: D3(**dispersion)),
+        reference_energies=_built(path, "reference_energies", lambda: _references(description["reference_energies"])),
         precision=precision,
     ).to(device)
+
+
+def _built(path: Path, part: str, build: Callable[[], _Part]) -> _Part:
+    """What ``build`` gives; InputError that names the file where the description of ``part`` is not understood."""
+    try:
+        return build()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise InputError(f"{path}: {part} in its description cannot be used ({reason}); save the model again") from None
+
+
+def _references(table: dict[str, Any]) -> dict[int, float]:
+    energies = {int(z): float(energy) for z, energy in table.items()}
+    unknown = [z for z in energies if not 0 < z < len(chemical_symbols)]
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no atomic number")
+    return energies

@@ -21,6 +21,12 @@ __all__ = ["BOND_TOLERANCE", "assign_fragments", "check_whole", "percolating", "
 
 BOND_TOLERANCE = 1.25
 """Two atoms are bonded below this multiple of the sum of their covalent radii (O–H: 1.21 Å)."""
+_IONS = (3, 11, 19, 37, 55, 87, 20, 38, 56, 88)
+"""Alkali and alkaline-earth metals bond to nothing.
+
+They are ions wherever molecules keep their charges, and their covalent radii (Na: 1.66 Å) reach the first solvation
+shell (Na–O: 2.4 Å). H, Be and Mg (small radii, covalent chemistry) are left out.
+"""
 
 
 def _bonds(systems: Systems) -> tuple[np.ndarray, np.ndarray]:
@@ -28,7 +34,9 @@ def _bonds(systems: Systems) -> tuple[np.ndarray, np.ndarray]:
     radii = torch.as_tensor(covalent_radii, dtype=torch.float64, device=systems.device)[systems.numbers]
     pairs = neighbor_list(systems, float(2 * BOND_TOLERANCE * radii.max()))
     i, j = pairs.index
+    ion = torch.isin(systems.numbers, torch.tensor(_IONS, device=systems.device))
     length = pairs.vectors.norm(dim=-1) / (radii[i] + radii[j])
+    length[ion[i] | ion[j]] = torch.inf
     bonded = length < BOND_TOLERANCE
     # a hydrogen keeps one bond, to a heavier atom where there is one: close contacts of molecules do not join them
     hydrogen = systems.numbers == 1

@@ -166,11 +166,18 @@ class Potential:
         )
 
     def _references(self, systems: Systems) -> Tensor:
-        atomic = torch.zeros(len(chemical_symbols), dtype=torch.float64)
+        atomic = torch.full((len(chemical_symbols),), torch.nan, dtype=torch.float64)
         for number, energy in self.reference_energies.items():
             atomic[number] = energy
+        atomic = atomic.to(self.device)[systems.numbers]
+        unknown = systems.numbers[atomic.isnan()]
+        if len(unknown):
+            raise InputError(
+                f"the model has no reference energy for {chemical_symbols[int(unknown[0])]}: it knows "
+                f"{', '.join(chemical_symbols[z] for z in self.reference_energies)}; use a model of these elements"
+            )
         energy = torch.zeros(systems.n_systems, dtype=torch.float64, device=self.device)
-        return energy.index_add_(0, systems.batch, atomic.to(self.device)[systems.numbers])
+        return energy.index_add_(0, systems.batch, atomic)
 
     def _solve(
         self, systems: Systems, start: Response | None, born_charges: bool, polarizability: bool

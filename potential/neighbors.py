@@ -21,6 +21,10 @@ __all__ = ["MINIMUM_DISTANCE", "NeighborCache", "Neighbors", "check_geometry", "
 
 MINIMUM_DISTANCE = 0.3
 """Å; two atoms closer than this are an error in the input, not a geometry."""
+MAXIMUM_EXTENT = 1e4
+"""Å; an open structure wider than this has flown apart (the grid of the neighbour list overflows some way above)."""
+_SMALLEST_STRETCH = 1e-4
+"""Å; periodic cell vectors whose smallest singular value is below this are linearly dependent."""
 
 
 class Neighbors(NamedTuple):
@@ -104,7 +108,8 @@ class NeighborCache:
 def check_geometry(systems: Systems) -> None:
     """Refuse what cannot be a geometry.
 
-    Raises InputError for NaN or infinite numbers, a periodic structure without a cell, and overlapping atoms.
+    Raises InputError for NaN or infinite numbers (positions, cell, field, net charge), a periodic direction without a
+    cell vector, dependent cell vectors, atoms that have left an open structure, and overlapping atoms.
     """
     symbols = systems.symbols
     if not bool(torch.isfinite(systems.positions).all()):
@@ -112,16 +117,24 @@ def check_geometry(systems: Systems) -> None:
         raise InputError(f"position of atom {atom} ({symbols[atom]}) is not a finite number: check the structure")
     if not bool(torch.isfinite(systems.cell).all()):
         raise InputError("the cell holds a number that is not finite: check the structure")
+    for key, unit, values in (("field", "V/Å", systems.field), ("charges.net_charge", "e", systems.net_charge)):
+        if not bool(torch.isfinite(values).all()):
+            value = float(values[~torch.isfinite(values)][0])
+            raise InputError(f"{key} holds {value} {unit}, which is not a finite number: correct {key}")
     lengths = systems.cell.norm(dim=-1)
     if bool((systems.pbc & (lengths < 1e-6)).any()):
         raise InputError(
             "the structure is periodic but has no cell vector in a periodic direction: give the cell (Lattice=…), "
             "or set pbc to F"
         )
-    full = systems.pbc.all(-1)
-    volume = torch.linalg.det(systems.cell[full]).abs() if bool(full.any()) else torch.ones(1)
-    if bool((volume < 1e-6).any()):
-        raise InputError("the cell vectors are linearly dependent: the cell has no volume; check the cell")
+    rows = systems.cell * systems.pbc[..., None]  # only periodic directions count
+    # singular values of the periodic rows, and a 1 for every open direction
+    stretch = torch.linalg.svdvals(torch.cat([rows, torch.diag_embed((~systems.pbc).to(rows.dtype))], dim=-1))
+    if bool((stretch < _SMALLEST_STRETCH).any()):
+        raise InputError(
+            "the cell vectors are linearly dependent: the cell has no volume in its periodic directions; check the cell"
+        )
+    _check_extent(systems, rows)
     pairs = neighbor_list(systems, MINIMUM_DISTANCE, half=True)
     if pairs.index.shape[1]:
         i, j = (int(k) for k in pairs.index[:, 0])
@@ -129,3 +142,32 @@ def check_geometry(systems: Systems) -> None:
             f"atoms {i} ({symbols[i]}) and {j} ({symbols[j]}) are {float(pairs.vectors[0].norm()):.3f} Å apart "
             f"(less than {MINIMUM_DISTANCE} Å): two atoms overlap, check the structure and its cell"
         )
+
+
+def _check_extent(systems: Systems, rows: Tensor) -> None:
+    """Raises InputError where an atom is further from the others than any structure is wide, across open directions.
+
+    ``rows`` [b, 3, 3]: cell vectors of the periodic directions, zeros for the others.
+    """
+    if bool(systems.pbc.all()):
+        return
+    # what is left of a position after its part along the periodic vectors is taken off
+    across = torch.eye(3, dtype=rows.dtype, device=rows.device) - torch.linalg.pinv(rows) @ rows
+    points = torch.einsum("na,nab->nb", systems.positions, across[systems.batch])
+    which = systems.batch[:, None].expand(-1, 3)
+    high, low = (
+        points.new_zeros(systems.n_systems, 3).scatter_reduce(0, which, points, extreme, include_self=False)
+        for extreme in ("amax", "amin")
+    )
+    extent = high - low
+    if not bool((extent > MAXIMUM_EXTENT).any()):
+        return
+    b, axis = (int(k) for k in (extent > MAXIMUM_EXTENT).nonzero()[0])
+    atoms = (systems.batch == b).nonzero()[:, 0]
+    along = points[atoms, axis]
+    distance = (along - along.median()).abs()
+    atom = int(atoms[distance.argmax()])
+    raise InputError(
+        f"atom {atom} ({systems.symbols[atom]}) is {float(distance.max()):.3g} Å from the rest in an open direction: "
+        "the run has exploded; shorten the timestep"
+    )

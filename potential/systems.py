@@ -17,6 +17,8 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from torch import Tensor
 
+from voltpi.potential.errors import InputError
+
 __all__ = ["Systems"]
 
 
@@ -61,10 +63,16 @@ class Systems:
         net_charge: float = 0.0,
         device: torch.device | str = "cpu",
     ) -> Systems:
-        """Batch of ASE structures; one ``field`` [3] (V/Å) for all, or one per structure [b, 3]."""
+        """Batch of ASE structures; one ``field`` [3] (V/Å) for all, or one per structure [b, 3].
+
+        Raises ValueError where there is no structure, InputError where one has no atoms.
+        """
         frames = [atoms] if isinstance(atoms, Atoms) else list(atoms)
         if not frames:
             raise ValueError("no structure given: a batch needs at least one")
+        empty = [k for k, a in enumerate(frames) if len(a) == 0]
+        if empty:
+            raise InputError(f"structure {empty[0]} has no atoms: give at least one, or leave the structure out")
         b = len(frames)
         eps = np.zeros((b, 3)) if field is None else np.broadcast_to(np.asarray(field, dtype=float), (b, 3))
         as_float = {"dtype": torch.float64, "device": device}

@@ -56,30 +56,47 @@ def read_parameters(path: str | Path = "default") -> dict[str, ElementParameters
     """Element parameters from a CSV; ``default``: the shipped table.
 
     The columns are symbol, chi, eta, Z, R, K; '#' starts a comment.
-    Raises InputError for a missing file, an unknown element or a number that cannot be.
+    Raises InputError for a file that cannot be read, other columns, a table without rows, an element that is unknown or
+    there twice, and a number that cannot be.
     """
     if str(path) == "default":
         text = resources.files("voltpi.potential.parameters").joinpath("pqeq.csv").read_text(encoding="utf-8")
     else:
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise InputError(
-                f"{path}: cannot read the PQEq parameters ({error.strerror}); give an existing CSV"
-            ) from None
+            text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise InputError(f"{path}: cannot read the PQEq parameters ({reason}); give an existing CSV") from None
     rows = csv.DictReader(line for line in text.splitlines() if line.strip() and not line.startswith("#"))
+    columns = [name.strip() for name in rows.fieldnames or ()]
+    if sorted(columns) != sorted(("symbol", *ElementParameters._fields)):
+        raise InputError(f"{path}: the columns are '{','.join(columns)}'; give symbol,chi,eta,Z,R,K, each once")
+    rows.fieldnames = columns
     table: dict[str, ElementParameters] = {}
     for row in rows:
         symbol = (row.get("symbol") or "").strip()
         if symbol not in atomic_numbers:
             raise InputError(f"{path}: '{symbol}' is not an element; the columns are symbol,chi,eta,Z,R,K")
+        if symbol in table:
+            raise InputError(f"{path}: {symbol} has two rows; keep one")
         try:
             table[symbol] = ElementParameters(*(float(row[k]) for k in ElementParameters._fields))
-        except (KeyError, TypeError, ValueError):
+        except (TypeError, ValueError):
             raise InputError(f"{path}: the row of {symbol} needs the numbers chi,eta,Z,R,K") from None
-        if table[symbol].R <= 0 or table[symbol].eta <= 0 or (table[symbol].Z and table[symbol].K <= 0):
-            raise InputError(f"{path}: eta, R and K of {symbol} must be positive")
+        if None in row:
+            raise InputError(f"{path}: the row of {symbol} has more than the numbers chi,eta,Z,R,K")
+        _check_parameters(str(path), symbol, table[symbol])
+    if not table:
+        raise InputError(f"{path}: the table has no rows; give symbol,chi,eta,Z,R,K of every element")
     return table
+
+
+def _check_parameters(source: str, symbol: str, p: ElementParameters) -> None:
+    """Raises InputError for numbers that no atom can have."""
+    if not all(math.isfinite(value) for value in p):
+        raise InputError(f"{source}: chi, eta, Z, R and K of {symbol} must be finite numbers")
+    if p.R <= 0 or p.eta <= 0 or (p.Z and p.K <= 0):
+        raise InputError(f"{source}: eta, R and K of {symbol} must be positive")
 
 
 @dataclass(frozen=True)
@@ -271,6 +288,15 @@ class PQEq:
                 raise InputError(f"charges.{key} is '{getattr(self, key)}': choose {' | '.join(allowed)}")
         if not 1e-14 <= self.accuracy <= 1e-2:
             raise InputError(f"coulomb.accuracy is {self.accuracy:g}: choose a relative force error from 1e-14 to 1e-2")
+        for name, value, fix in (
+            ("charges.shell_limit", self.shell_limit, "give the largest core-shell distance in Å, as 0.25"),
+            ("charges.tolerance", self.tolerance, "give the largest residual in V, as 1e-8"),
+            ("coulomb.coulomb_constant", self.coulomb_constant, f"give eV Å/e², {COULOMB_CONSTANT:.6f} in vacuum"),
+        ):
+            if not (math.isfinite(value) and value > 0):
+                raise InputError(f"{name} is {value:g}: {fix}")
+        for symbol, row in self.parameters.items():
+            _check_parameters("charges.parameters", symbol, row)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -32,6 +32,44 @@ def water_dimer() -> Atoms:
     return atoms
 
 
+def sodium_and_six_waters() -> Atoms:
+    """Na⁺ and an octahedron of water at 2.4 Å, hydrogens outwards, without a cell."""
+    atoms = Atoms("Na", [[0, 0, 0]])
+    for axis in range(3):
+        for sign in (1, -1):
+            out, side = np.roll([sign, 0, 0], axis), np.roll([0, 1, 0], axis)
+            oxygen = 2.4 * out
+            atoms += Atoms("OH2", [oxygen, oxygen + 0.59 * out + 0.76 * side, oxygen + 0.59 * out - 0.76 * side])
+    return atoms
+
+
+def sodium_in_water() -> Atoms:
+    """Na⁺ between the molecules of ``water_box``, 2.8 Å and more from any atom; its charge as an initial charge."""
+    atoms = water_box() + Atoms("Na", [[0.6, 3.4, 1.0]])
+    atoms.set_initial_charges([0.0] * 9 + [1.0])
+    return atoms
+
+
+def hydroxide_in_water() -> Atoms:
+    """``water_box`` without one hydrogen: OH⁻ and two molecules, its charge as initial charges."""
+    atoms = water_box()
+    del atoms[1]
+    atoms.set_initial_charges([-1.2, 0.2] + [0.0] * 6)
+    return atoms
+
+
+def one_atom_cell() -> Atoms:
+    """Na in a skewed cell of its own, off the origin."""
+    return Atoms("Na", [[0.3, -0.2, 0.5]], cell=[[3.4, 0.2, 0], [-0.3, 3.7, 0.4], [1.2, 0.1, 3.1]], pbc=True)
+
+
+def flat_cell() -> Atoms:
+    """One molecule in a left-handed cell 3.2 Å high and three times as wide."""
+    atoms = water_box()[:3]
+    atoms.set_cell([[1.0, 10.0, 0.0], [11.0, 0.0, 0.5], [0.0, 0.3, 3.2]])
+    return atoms
+
+
 def rattled_salt() -> Atoms:
     """Rock salt with Li and O substitutions in a strained cell: wide and narrow Gaussians together."""
     atoms = bulk("NaCl", "rocksalt", 5.64, cubic=True)

@@ -6,6 +6,8 @@ the shipped model runs too.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -109,25 +111,42 @@ def test_rotation(potentials, name, in_field, atoms):
 def test_permutation(potentials, name, in_field, atoms):
     potential, field = potentials[name], FIELD * in_field
     order = np.random.default_rng(0).permutation(len(atoms))
-    one, two = evaluate(potential, atoms, field), evaluate(potential, atoms[order], field)
+    born = {"born_charges": name in WITH_CHARGES}
+    one, two = evaluate(potential, atoms, field, **born), evaluate(potential, atoms[order], field, **born)
     assert two.energy.item() == pytest.approx(one.energy.item(), abs=1e-10)
     assert torch.allclose(two.forces, one.forces[order], atol=1e-10)
     assert torch.allclose(two.charges, one.charges[order], atol=1e-10)
+    assert torch.allclose(two.shells, one.shells[order], atol=1e-10)
+    assert torch.allclose(two.virial, one.virial, atol=1e-9)
+    assert torch.allclose(two.dipole, one.dipole, atol=1e-9)
+    if name in WITH_CHARGES:
+        assert torch.allclose(two.born_charges, one.born_charges[order], atol=1e-8)
 
 
 @pytest.mark.parametrize(("name", "in_field"), SETTINGS)
 def test_wrapping(potentials, name, in_field):
-    potential, field = potentials[name], FIELD * in_field
+    """Neutral fragments are made whole: nothing changes.
+
+    Without fragments the atoms stay where they are put, and M moves by their charges times the lattice vectors.
+    """
+    potential, field = potentials[name], torch.as_tensor(FIELD * in_field)
     atoms = water_box()
     moved = atoms.copy()
-    moved.positions += np.random.default_rng(5).integers(-2, 3, size=(len(atoms), 3)) @ atoms.cell.array
+    images = np.random.default_rng(5).integers(-2, 3, size=(len(atoms), 3)) @ atoms.cell.array
+    moved.positions += images
     carried = carried_by(potential, atoms)
     one, two = (evaluate(potential, a, field, carried) for a in (atoms, moved))
+    jump = torch.zeros(3, dtype=torch.float64)
+    if name == "shells":
+        jump = carried @ torch.as_tensor(images)
+        assert float(jump.norm()) > 0.1
+    assert torch.allclose(two.charges, one.charges, atol=1e-10)
+    assert torch.allclose(two.shells, one.shells, atol=1e-10)
     assert torch.allclose(two.forces, one.forces, atol=1e-10)
-    if not (in_field and name == "shells"):
-        # carried charges of molecules that exchange charge are not neutral: M, and −ε·M, then move by e·cell quanta
-        assert two.energy.item() == pytest.approx(one.energy.item(), abs=1e-10)
-        assert torch.allclose(two.virial, one.virial, atol=1e-9)
+    assert torch.allclose(two.dipole[0], one.dipole[0] + jump, atol=1e-9)
+    assert two.energy.item() == pytest.approx(float(one.energy[0] - field @ jump), abs=1e-9)
+    work = torch.outer(field, jump)
+    assert torch.allclose(two.virial[0], one.virial[0] + 0.5 * (work + work.T), atol=1e-9)
 
 
 @pytest.mark.parametrize(("name", "in_field"), SETTINGS)
@@ -143,6 +162,29 @@ def test_a_batch_equals_its_parts(potentials, name, in_field, atoms):
     assert torch.allclose(together.forces, torch.cat([a.forces for a in alone]), atol=1e-10)
     assert torch.allclose(together.virial, torch.cat([a.virial for a in alone]), atol=1e-10)
     assert torch.allclose(together.dipole, torch.cat([a.dipole for a in alone]), atol=1e-10)
+
+
+def swapped(start):
+    """The same answer with the charges and shells of two equally large structures exchanged."""
+    half = len(start.charges) // 2
+    return replace(start, charges=start.charges.roll(half, 0), shells=start.shells.roll(half, 0))
+
+
+@pytest.mark.parametrize("name", WITH_CHARGES)
+def test_every_structure_of_a_batch_starts_from_its_own_answer(potentials, name):
+    potential = potentials[name]
+    frames = [water_box(), water_box()]
+    frames[1].rattle(0.1, seed=11)
+    systems = potential.prepare(Systems.from_atoms(frames, field=FIELD))
+    generator = torch.Generator().manual_seed(2)
+    step = 3e-4 * torch.randn(systems.positions.shape, generator=generator, dtype=torch.float64)
+    before = potential(systems.replace(positions=systems.positions + step))
+    cold, warm, crossed = (potential(systems, start=start) for start in (None, before, swapped(before)))
+    for answer in (warm, crossed):
+        assert torch.allclose(answer.energy, cold.energy, atol=1e-9)
+        assert torch.allclose(answer.forces, cold.forces, atol=1e-8)
+    assert (warm.iterations < cold.iterations).all()
+    assert (warm.iterations < crossed.iterations).all()
 
 
 @pytest.mark.parametrize(("name", "in_field"), SETTINGS)

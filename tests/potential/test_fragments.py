@@ -12,7 +12,7 @@ from voltpi.potential.errors import InputError
 from voltpi.potential.fragments import assign_fragments, percolating, whole_positions
 from voltpi.potential.systems import Systems
 
-from structures import water_box
+from structures import sodium_and_six_waters, water_box
 
 
 def test_water_molecules_are_found_however_they_are_wrapped():
@@ -56,6 +56,27 @@ def test_close_hydrogens_do_not_join_molecules(gap):
 def test_hydrogen_molecules_are_molecules():
     atoms = Atoms("H4", [[0, 0, 0], [0.74, 0, 0], [0, 3, 0], [0.74, 3, 0]])
     assert assign_fragments(Systems.from_atoms(atoms)).fragments.tolist() == [0, 0, 1, 1]
+
+
+def test_ions_keep_their_charge_apart_from_their_shell():
+    """Na–O 2.4 Å is 1.04 sums of covalent radii, Na–H no further: neither bonds nor takes a hydrogen's one bond."""
+    system = assign_fragments(
+        Systems.from_atoms(sodium_and_six_waters(), net_charge=1.0),
+        initial_charges=torch.tensor([1.0] + [0.0] * 18, dtype=torch.float64),
+    )
+    assert system.fragments.tolist() == [0] + [k for k in range(1, 7) for _ in range(3)]
+    assert system.fragment_charges.tolist() == [1, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("symbol", ["Li", "Na", "K", "Rb", "Cs", "Ca", "Sr", "Ba"])
+def test_metals_of_groups_one_and_two_bond_to_nothing(symbol):
+    pair = Atoms([symbol, "O", "H"], [[0, 0, 0], [2.0, 0, 0], [2.97, 0, 0]])
+    assert assign_fragments(Systems.from_atoms(pair)).fragments.tolist() == [0, 1, 1]
+
+
+def test_beryllium_and_magnesium_do_bond():
+    for symbol in ("Be", "Mg"):
+        assert assign_fragments(Systems.from_atoms(Atoms([symbol, "C"], [[0, 0, 0], [2.0, 0, 0]]))).fragments.max() == 0
 
 
 def test_own_labels_and_charges():

@@ -15,7 +15,16 @@ from voltpi.potential.fragments import assign_fragments
 from voltpi.potential.systems import Systems
 
 from brute_force import BruteForce
-from structures import rattled_salt, reference_structures, water_box, water_dimer
+from structures import (
+    flat_cell,
+    hydroxide_in_water,
+    one_atom_cell,
+    rattled_salt,
+    reference_structures,
+    sodium_in_water,
+    water_box,
+    water_dimer,
+)
 
 TABLE = read_parameters()
 FIELD = (0.05, -0.1, 0.07)
@@ -50,20 +59,58 @@ def test_agrees_with_brute_force_on_the_reference_structures(name, boundary):
     assert np.abs(g_shell).max() < 1e-6
 
 
-def test_splitting_and_accuracy_change_nothing_but_the_error():
-    atoms = rattled_salt()
-    system = Systems.from_atoms(atoms, net_charge=0.5)
+def with_fragments(system, atoms):
+    """Fragments by connectivity, with the initial charges of ``atoms`` where there are any."""
+    initial = torch.tensor(atoms.get_initial_charges(), dtype=torch.float64)
+    return assign_fragments(system, initial_charges=initial if bool(initial.any()) else None)
+
+
+@pytest.mark.parametrize("limiter", ["fene", "none"])
+@pytest.mark.parametrize("response", ["all", "shells"])
+@pytest.mark.parametrize("build", [sodium_in_water, water_dimer], ids=["periodic with an ion", "open"])
+def test_agrees_with_brute_force_for_fragments_in_a_field(build, response, limiter):
+    atoms = build()
+    net = float(atoms.get_initial_charges().sum())
+    model = PQEq(conserve="fragments", response=response, limiter=limiter, accuracy=1e-9, tolerance=1e-10)
+    system = with_fragments(Systems.from_atoms(atoms, field=FIELD, net_charge=net), atoms)
+    carried = None
+    if response == "shells":
+        carried = model.solve(system.replace(field=torch.zeros(1, 3, dtype=torch.float64))).charges
+    answer = model.solve(system.replace(carried=carried))
+    energy, g_q, g_shell, forces = brute(atoms, model, FIELD, periodic=atoms.pbc.all())(
+        answer.charges.numpy(), answer.shells.numpy(), None if carried is None else carried.numpy()
+    )
+    assert answer.energy.item() == pytest.approx(energy, abs=1e-8 * len(atoms))
+    assert np.abs(answer.forces.numpy() - forces).max() < 1e-8
+    assert np.abs(g_shell).max() < 1e-8
+    kept = answer.charges.new_zeros(len(system.fragment_charges)).index_add_(0, system.fragments, answer.charges)
+    assert kept.tolist() == pytest.approx(system.fragment_charges.tolist(), abs=1e-12)
+    for fragment in range(len(kept)):  # one chemical potential in each fragment, not one for all
+        assert np.ptp(g_q[system.fragments == fragment]) < 1e-8
+    assert np.ptp(g_q) > 1e-3
+
+
+@pytest.mark.parametrize(("build", "net"), [(rattled_salt, 0.5), (water_box, 0.0)])
+def test_splitting_and_accuracy_change_nothing_but_the_error(build, net):
+    """``accuracy`` is the RMS error of forces over the RMS force.
+
+    A single component may be off by three times that, as of some thirty random errors one is.
+    """
+    atoms = build()
+    system = Systems.from_atoms(atoms, net_charge=net)
     model = PQEq(accuracy=1e-12, tolerance=1e-11)
     exact = model.solve(system)
-    energy, *_, forces = brute(atoms, model)(exact.charges.numpy(), exact.shells.numpy())
+    energy, *_ = brute(atoms, model)(exact.charges.numpy(), exact.shells.numpy())
     assert exact.energy.item() == pytest.approx(energy, abs=1e-9)
-    scale = np.abs(forces).max()
+    rms = float(exact.forces.square().mean().sqrt())
     for accuracy in (1e-4, 1e-6, 1e-8):
-        answer = PQEq(accuracy=accuracy, tolerance=1e-11).solve(system)
-        error = float((answer.forces - exact.forces).abs().max())
-        assert error < accuracy * max(scale, 1.0)
+        error = PQEq(accuracy=accuracy, tolerance=1e-11).solve(system).forces - exact.forces
+        assert float(error.square().mean().sqrt()) < accuracy * rms
+        assert float(error.abs().max()) < 3 * accuracy * rms
+        assert float(error.abs().max()) > 0.01 * accuracy * rms, "the sum must not take more work than asked for"
 
 
+IN_FRAGMENTS = {"conserve": "fragments"}
 CASES = {
     "periodic fragments all": (water_box, 0.0, True, {"conserve": "fragments", "response": "all"}),
     "periodic fragments shells": (water_box, 0.0, True, {"conserve": "fragments", "response": "shells"}),
@@ -75,6 +122,11 @@ CASES = {
     "salt charged": (rattled_salt, 0.5, False, {"response": "shells"}),
     "salt coarse sum": (rattled_salt, 0.0, False, {"response": "shells", "accuracy": 1e-4}),
     "water without limiter": (water_box, 0.0, False, {"response": "shells", "limiter": "none"}),
+    "cation fragments all": (sodium_in_water, 1.0, True, {**IN_FRAGMENTS, "response": "all"}),
+    "cation fragments shells": (sodium_in_water, 1.0, True, {**IN_FRAGMENTS, "response": "shells"}),
+    "anion fragments all": (hydroxide_in_water, -1.0, True, {**IN_FRAGMENTS, "response": "all"}),
+    "flat left-handed cell": (flat_cell, 0.0, True, {**IN_FRAGMENTS, "response": "all"}),
+    "one atom in the cell": (one_atom_cell, 1.0, False, {"response": "shells"}),
 }
 
 
@@ -91,7 +143,7 @@ class Case:
     def solve(self, atoms, field, **keywords):
         system = Systems.from_atoms(atoms, field=field, net_charge=self.net)
         if self.fragments:
-            system = assign_fragments(system)
+            system = with_fragments(system, atoms)
         return self.model.solve(system.replace(carried=self.carried), **keywords)
 
 
@@ -134,7 +186,17 @@ def test_forces_virial_dipole_are_exact_derivatives(name, field):
         assert answer.dipole[axis].item() == pytest.approx(slope, rel=1e-7, abs=1e-7)
 
 
-@pytest.mark.parametrize("name", ["periodic fragments all", "periodic charged shells", "open all", "periodic frozen"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "periodic fragments all",
+        "periodic charged shells",
+        "open all",
+        "periodic frozen",
+        "cation fragments all",
+        "anion fragments all",
+    ],
+)
 def test_born_charges_and_polarizability_are_derivatives_of_the_dipole(name):
     case = Case(name, FIELD)
     answer = case.solve(case.atoms, case.field, born_charges=True, polarizability=True)
@@ -148,16 +210,18 @@ def test_born_charges_and_polarizability_are_derivatives_of_the_dipole(name):
         numeric = ((dipoles[0] - dipoles[1]) / (2 * h)).numpy()
         assert answer.born_charges[atom, :, axis].numpy() == pytest.approx(numeric, abs=2e-8)
     for axis in range(3):
-        shift = 1e-3 * np.eye(3)[axis]
+        shift = 2e-4 * np.eye(3)[axis]
         up, down = case.solve(case.atoms, case.field + shift), case.solve(case.atoms, case.field - shift)
-        numeric = ((up.dipole - down.dipole) / 2e-3).numpy() * COULOMB_CONSTANT
+        numeric = ((up.dipole - down.dipole) / 4e-4).numpy() * COULOMB_CONSTANT
         assert answer.polarizability[:, axis].numpy() == pytest.approx(numeric, rel=1e-5, abs=1e-6)
 
 
-def test_acoustic_sum_rule():
-    case = Case("periodic fragments all", FIELD)
+@pytest.mark.parametrize("name", ["periodic fragments all", "cation fragments all"])
+def test_acoustic_sum_rule(name):
+    """Born charges sum to the net charge."""
+    case = Case(name, FIELD)
     answer = case.solve(case.atoms, case.field, born_charges=True)
-    assert answer.born_charges.sum(0).numpy() == pytest.approx(np.zeros((3, 3)), abs=1e-10)
+    assert answer.born_charges.sum(0).numpy() == pytest.approx(case.net * np.eye(3), abs=1e-9)
 
 
 def test_one_atom_polarizes_like_a_spring():
@@ -250,6 +314,14 @@ def test_field_energy_contains_the_dipole():
         ({"response": "all"}, (0.1, 0, 0), "charge would flow across the cell"),
         ({"conserve": "atoms"}, (0, 0, 0), "charges.conserve is 'atoms'"),
         ({"accuracy": 1.0}, (0, 0, 0), "coulomb.accuracy is 1"),
+        ({"accuracy": math.nan}, (0, 0, 0), "coulomb.accuracy is nan"),
+        ({"shell_limit": 0.0}, (0, 0, 0), "charges.shell_limit is 0: give the largest core-shell distance"),
+        ({"shell_limit": math.nan}, (0, 0, 0), "charges.shell_limit is nan"),
+        ({"tolerance": -1e-8}, (0, 0, 0), "charges.tolerance is -1e-08: give the largest residual"),
+        ({"tolerance": math.inf}, (0, 0, 0), "charges.tolerance is inf"),
+        ({"coulomb_constant": 0.0}, (0, 0, 0), "coulomb.coulomb_constant is 0: give eV Å/e², 14.399645 in vacuum"),
+        ({"coulomb_constant": math.nan}, (0, 0, 0), "coulomb.coulomb_constant is nan"),
+        ({"parameters": {"O": TABLE["O"]._replace(eta=math.nan)}}, (0, 0, 0), "of O must be finite numbers"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(keywords, field, message):
@@ -293,6 +365,43 @@ def test_parameter_files(tmp_path):
         read_parameters(path)
     with pytest.raises(InputError, match="cannot read the PQEq parameters"):
         read_parameters(tmp_path / "absent.csv")
+
+
+HEADER = "symbol,chi,eta,Z,R,K\n"
+OXYGEN = "O,8.3,14.6,1,0.67,414\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HEADER + OXYGEN.replace("14.6", "nan"), "of O must be finite numbers"),
+        (HEADER + OXYGEN.replace("8.3", "inf"), "of O must be finite numbers"),
+        (HEADER + OXYGEN.replace("414", "NaN"), "of O must be finite numbers"),
+        (HEADER + OXYGEN.replace("8.3", "big"), "the row of O needs the numbers"),
+        (HEADER + "O,8.3,14.6\n", "the row of O needs the numbers"),
+        (HEADER + OXYGEN + "H,4.7,15.5,1,0.37,2037\n" + OXYGEN, "O has two rows"),
+        (HEADER + OXYGEN.replace("414", "414,5"), "the row of O has more than the numbers"),
+        ("symbol,chi,eta,Z,R,K,Q\nO,8.3,14.6,1,0.67,414,5\n", "the columns are 'symbol,chi,eta,Z,R,K,Q'"),
+        ("symbol,chi,eta,Z,R,R\n" + OXYGEN, "the columns are 'symbol,chi,eta,Z,R,R'"),
+        ("symbol,chi,Z,R,K\nO,8.3,1,0.67,414\n", "the columns are 'symbol,chi,Z,R,K'"),
+        (HEADER, "the table has no rows"),
+        ("# nothing\n", "the columns are ''"),
+    ],
+)
+def test_parameter_files_that_cannot_be(tmp_path, text, message):
+    path = tmp_path / "own.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match="own.csv: .*" + message):
+        read_parameters(path)
+
+
+def test_parameter_files_in_other_encodings(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_text("\ufeff" + HEADER + OXYGEN, encoding="utf-8")
+    assert list(read_parameters(path)) == ["O"]
+    path.write_bytes("# Å\n".encode("latin-1") + (HEADER + OXYGEN).encode())
+    with pytest.raises(InputError, match=r"own.csv: cannot read the PQEq parameters .it is not UTF-8 text"):
+        read_parameters(path)
 
 
 def test_config_round_trip():
