@@ -213,9 +213,10 @@ def _card(
         "summary": "Liquid water under uniform fields, 300 K: NequIP + PQEq (whole molecules, refitted O and H) + D3",
         "licence": "MIT",
         "data": f"FIREANN water in fields ({train['efield-water']} frames, 4 planes of 16 molecules, fields along x to "
-        f"0.6 V/Å; Nat. Commun. 14, 6424 (2023), MIT) and RPBE-D3 liquid water ({train['rpbe-water']} frames, 64 molecules)",
-        "validation": f"FIREANN's {validation['efield-water']} validation frames (FIREANN's own force RMSE there: 0.115 "
-        f"eV/Å); {validation['rpbe-water']} RPBE-D3 frames",
+        f"0.6 V/Å; Nat. Commun. 14, 6424 (2023), MIT) and RPBE-D3 liquid water ({train['rpbe-water']} frames, 64 "
+        "molecules)",
+        "validation": f"FIREANN's {validation['efield-water']} validation frames (FIREANN's own force RMSE there: "
+        f"0.115 eV/Å); {validation['rpbe-water']} RPBE-D3 frames",
         "errors": {"units": "forces eV/Å, energies meV/atom", **metrics},
         "errors_of_charges_alone": charges,
         "reference_energies": {k: {str(z): e for z, e in v.items()} for k, v in references.items()},
