@@ -21,7 +21,7 @@ from scipy import constants
 from voltpi.analysis.ipi_files import read_trajectory
 from voltpi.analysis.polarization import Polarization, polarization_of
 from voltpi.analysis.runs import Run
-from voltpi.analysis.statistics import LinearFit, Mean, linear_fit, mean_with_error
+from voltpi.analysis.statistics import LinearFit, Mean, linear_fit, mean_with_error, plus_minus
 from voltpi.potential.errors import InputError
 
 __all__ = ["FieldResponse", "RunSummary", "field_response", "summarize"]
@@ -87,22 +87,28 @@ class RunSummary:
         """Lines for a person."""
         lines = []
         if self.induced is None:
-            mean = ", ".join(f"{m.value:.3f} ± {m.error:.3f}" for m in self.dipole)
-            lines.append(f"mean cell dipole             ({mean}) e·Å")
+            mean = ", ".join(plus_minus(m.value, m.error, ".3f") for m in self.dipole)
+            lines.append(f"mean cell dipole             ({mean}) e·Å{_without_error(self.dipole[0], ' (', ')')}")
         else:
             value, error = self.induced.value, self.induced.error
-            note = "" if self.induced.reliable else ", a guess: fewer than 20 independent samples"
+            note = _without_error(self.induced, ", ")
+            if not note and not self.induced.reliable:
+                note = ", a guess: fewer than 20 independent samples"
             lines.append(
-                f"induced dipole per molecule  {value:.4f} ± {error:.4f} e·Å along the field "
-                f"({value * DEBYE:.3f} ± {error * DEBYE:.3f} D{note})"
+                f"induced dipole per molecule  {plus_minus(value, error, '.4f')} e·Å along the field "
+                f"({plus_minus(value * DEBYE, error * DEBYE, '.3f')} D{note})"
             )
         if self.temperature is not None:
-            lines.append(f"temperature                  {self.temperature.value:.1f} ± {self.temperature.error:.1f} K")
+            mean = plus_minus(self.temperature.value, self.temperature.error, ".1f")
+            lines.append(f"temperature                  {mean} K{_without_error(self.temperature, ' (', ')')}")
         if self.drift is not None:
-            lines.append(
-                f"drift of conserved quantity  {self.drift.slope:.1e} ± {self.drift.slope_error:.1e} eV/atom/ps"
-            )
+            drift = plus_minus(self.drift.slope, self.drift.slope_error, ".1e")
+            lines.append(f"drift of conserved quantity  {drift} eV/atom/ps")
         return lines
+
+
+def _without_error(mean: Mean, before: str, after: str = "") -> str:
+    return f"{before}no error from one record{after}" if mean.n == 1 else ""
 
 
 def summarize(run: Run, skip: float = 0.0) -> RunSummary:
@@ -161,9 +167,11 @@ class FieldResponse:
     def report(self) -> list[str]:
         """Lines for a person."""
         note = "" if self.with_shells else " (nuclei and charges only: add ε∞ − 1)"
+        slope = plus_minus(self.line.slope, self.line.slope_error, ".4f")
+        unknown = "" if np.isfinite(self.line.slope_error) else " (no error from two points that have none)"
         return [
-            f"slope                  {self.line.slope:.4f} ± {self.line.slope_error:.4f} e·Å/(V/Å) per molecule",
-            f"relative permittivity  {self.permittivity:.2f} ± {self.permittivity_error:.2f}{note}",
+            f"slope                  {slope} e·Å/(V/Å) per molecule{unknown}",
+            f"relative permittivity  {plus_minus(self.permittivity, self.permittivity_error, '.2f')}{note}",
         ]
 
 

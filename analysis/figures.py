@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from voltpi.analysis.field_response import FieldResponse, RunSummary
 from voltpi.analysis.polarization import E_PER_A2
-from voltpi.analysis.statistics import block_averages
+from voltpi.analysis.statistics import block_averages, plus_minus
 
 __all__ = ["draw_field_response", "draw_polarization"]
 
@@ -48,7 +48,7 @@ def draw_polarization(summary: RunSummary, stem: Path) -> list[Path]:
         series = p.dipole @ (field / strength if strength > 0 else np.array([1.0, 0.0, 0.0])) / p.n_molecules
         if summary.induced is not None:
             value, error = summary.induced.value, summary.induced.error
-            left.axhline(value, color="black", lw=1.0, label=f"mean along field {value:.3f} ± {error:.3f}")
+            left.axhline(value, color="black", lw=1.0, label=f"mean along field {plus_minus(value, error, '.3f')}")
             if np.isfinite(error):
                 left.axhspan(value - error, value + error, color="black", alpha=0.12, lw=0)
         left.set(xlabel="time (ps)", ylabel="dipole per molecule (e·Å)")
@@ -88,7 +88,7 @@ def draw_field_response(response: FieldResponse, stem: Path) -> list[Path]:
             response.line.intercept + response.line.slope * x,
             color="black",
             lw=1.0,
-            label=f"ε$_r$ = {response.permittivity:.1f} ± {response.permittivity_error:.1f}",
+            label=f"ε$_r$ = {plus_minus(response.permittivity, response.permittivity_error, '.1f')}",
         )
         axes.set(xlabel="field (V/Å)", ylabel="dipole per molecule (e·Å)")
         axes.legend(loc="upper left")

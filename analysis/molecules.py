@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import numpy as np
 from ase import Atoms
-from ase.neighborlist import natural_cutoffs, neighbor_list
+from ase.data import covalent_radii
+from ase.neighborlist import neighbor_list
 from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import breadth_first_order, connected_components
 
 __all__ = ["molecules_of", "whole"]
 
+# The rule and the numbers of voltpi.potential.fragments, which needs torch and so cannot be imported here: the
+# molecules counted are those that the potential held neutral. A test compares the two.
+BOND_TOLERANCE = 1.25
+_IONS = (3, 11, 19, 37, 55, 87, 20, 38, 56, 88)
+
 
 def _bonds(atoms: Atoms) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Pairs (i, j) closer than the sum of covalent radii times 1.2, with the images of j."""
-    i, j, shift = neighbor_list("ijS", atoms, natural_cutoffs(atoms, mult=1.2))
-    return i, j, shift
+    """Bonded pairs (i, j), in both directions, with the images of j.
+
+    Bonded is what is closer than ``BOND_TOLERANCE`` times the sum of covalent radii. A hydrogen keeps one bond: to its
+    nearest heavier atom (relative to the radii), or else to a hydrogen. Ions bond to nothing.
+    """
+    numbers = atoms.numbers
+    radii = covalent_radii[numbers]
+    i, j, shift, distance = neighbor_list("ijSd", atoms, (BOND_TOLERANCE * radii).tolist())
+    hydrogen = numbers == 1
+    free = ~(np.isin(numbers[i], _IONS) | np.isin(numbers[j], _IONS))
+    rank = distance / (radii[i] + radii[j]) + 10.0 * (hydrogen[i] & hydrogen[j])
+    best = np.full(len(atoms), np.inf)
+    np.minimum.at(best, i[free], rank[free])
+    # both directions of a pair stay, though their distances may differ in the last digit
+    kept = free & (~hydrogen[i] | (rank <= best[i] + 1e-9)) & (~hydrogen[j] | (rank <= best[j] + 1e-9))
+    return i[kept], j[kept], shift[kept]
 
 
 def molecules_of(atoms: Atoms) -> NDArray[np.int64]:

@@ -47,8 +47,8 @@ def analyze_polarization(
 ) -> dict[str, Any]:
     """Dipole and polarization along one run, its mean induced dipole per molecule, temperature and drift.
 
-    ``paths``: one run's folder or files. ``field`` (V/Å) replaces that of settings.yaml; the first ``skip`` fs are left
-    out of everything. Writes polarization.csv, .json, .png and .svg.
+    ``paths``: one run's folder or files. ``field`` (V/Å) replaces that of the run's files; the first ``skip`` fs are
+    left out of everything. Writes polarization.csv, .json, .png and .svg.
     """
     from voltpi.analysis.field_response import summarize
     from voltpi.analysis.figures import draw_polarization
@@ -68,7 +68,7 @@ def analyze_polarization(
 def analyze_field_response(paths: Sequence[Path], out: Path | None = None, *, skip: float = 0.0) -> dict[str, Any]:
     """Mean dipole per molecule against field over several runs, and the dielectric constant from the slope.
 
-    ``paths``: two or more folders, each with settings.yaml. Writes field-response.csv, .json, .png and .svg.
+    ``paths``: two or more folders, each with the settings of its run. Writes field-response.csv, .json, .png and .svg.
     """
     from voltpi.analysis.field_response import field_response, summarize
     from voltpi.analysis.figures import draw_field_response
@@ -125,7 +125,7 @@ def _finite(value: Any) -> Any:
 
 
 _SKIP = Option("skip", "time at the start to leave out, fs", default=0.0)
-_FIELD = Option("field", "the field in V/Å, where settings.yaml does not say it", count=3)
+_FIELD = Option("field", "the field in V/Å, where the run's files do not say it", count=3)
 
 ANALYSES: dict[str, Analysis] = {
     analysis.name: analysis

@@ -6,12 +6,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import ArrayLike, NDArray
 
+from voltpi.analysis.fields import field_of
 from voltpi.analysis.ipi_files import Properties, file_kind, read_properties
 from voltpi.potential.errors import InputError
 
@@ -31,12 +30,21 @@ class Run:
     field: Array = field(default_factory=lambda: np.zeros(3))
 
     def times(self, steps: ArrayLike) -> Array:
-        """Times (fs) of steps, from the properties file. Raises InputError without columns ``step`` and ``time``."""
+        """Times (fs) of steps, from the properties file; outside its rows by the time step of the nearest two.
+
+        Raises InputError without columns ``step`` and ``time``.
+        """
         table = self.table()
         step, time = table.get("step"), table.get("time", "time", "femtosecond")
+        x = np.asarray(steps, dtype=float)
         if len(step) < 2:
+            if (x == step).all():
+                return np.full(x.shape, time[0])
             raise InputError(f"{table.path}: only one step; let the run write at least two")
-        return np.interp(np.asarray(steps, dtype=float), step, time)
+        # a run may end, or be killed, between two rows: the outputs have strides of their own
+        before = np.minimum(x - step[0], 0.0) * (time[1] - time[0]) / (step[1] - step[0])
+        after = np.maximum(x - step[-1], 0.0) * (time[-1] - time[-2]) / (step[-1] - step[-2])
+        return np.interp(x, step, time) + before + after
 
     def table(self) -> Properties:
         """The properties. Raises InputError when the run wrote none."""
@@ -56,8 +64,8 @@ def find_runs(paths: Iterable[Path], field: ArrayLike | None = None) -> list[Run
 def find_run(where: Path | list[Path], field: ArrayLike | None = None) -> Run:
     """A run from its folder, or from files.
 
-    The field is the one given, or ``field`` of settings.yaml in the folder. Raises InputError for a path that does not
-    exist, a folder without outputs, several runs in one folder or a field that cannot be known.
+    The field is the one given, or what the run's own files say (``voltpi.analysis.fields``). Raises InputError for a
+    path that does not exist, a folder without outputs, several runs in one folder or a field that cannot be known.
     """
     paths = [where] if isinstance(where, Path) else where
     for path in paths:
@@ -81,7 +89,7 @@ def find_run(where: Path | list[Path], field: ArrayLike | None = None) -> Run:
         properties=tables[0] if tables else None,
         positions=tuple(kinds.get("positions", ())),
         extras={k.removeprefix("extras:"): tuple(v) for k, v in kinds.items() if k.startswith("extras:")},
-        field=_field_of(folder, field),
+        field=field_of(folder, [path for group in kinds.values() for path in group], field),
     )
 
 
@@ -99,25 +107,3 @@ _BEAD = re.compile(r"_(\d+)(?=\.(?:extxyz|xyz)$|$)")
 def _bead_order(path: Path) -> tuple[str, int]:
     match = _BEAD.search(path.name)
     return _BEAD.sub("", path.name), int(match[1]) if match else 0
-
-
-def _field_of(folder: Path, given: ArrayLike | None) -> Array:
-    settings = folder / "settings.yaml"
-    value: Any = given
-    source = "--field"
-    if value is None:
-        if not settings.is_file():
-            raise InputError(f"{folder}: no settings.yaml that says the field; give --field X Y Z in V/Å")
-        source = str(settings)
-        try:
-            content = yaml.safe_load(settings.read_text())
-        except yaml.YAMLError as error:
-            raise InputError(f"{settings}: not valid YAML ({' '.join(str(error).split())}); correct it") from None
-        value = (content or {}).get("field", [0.0, 0.0, 0.0]) if isinstance(content, dict | None) else content
-    try:
-        vector = np.array([float(x) for x in value])
-    except (TypeError, ValueError):
-        vector = np.zeros(0)
-    if vector.shape != (3,) or not np.isfinite(vector).all():
-        raise InputError(f"{source}: field is {value!r}; give three numbers in V/Å, such as [0.1, 0, 0]")
-    return vector

@@ -12,7 +12,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.signal import correlate
 
-__all__ = ["Blocks", "LinearFit", "Mean", "autocorrelation_time", "block_averages", "linear_fit", "mean_with_error"]
+__all__ = [
+    "Blocks",
+    "LinearFit",
+    "Mean",
+    "autocorrelation_time",
+    "block_averages",
+    "linear_fit",
+    "mean_with_error",
+    "plus_minus",
+]
 
 Array = NDArray[np.float64]
 
@@ -136,3 +145,8 @@ def linear_fit(x: ArrayLike, y: ArrayLike, errors: ArrayLike | None = None, *, c
         intercept,
         float(np.sqrt(scale * (1.0 / w.sum() + centre**2 / spread))),
     )
+
+
+def plus_minus(value: float, error: float, form: str) -> str:
+    """``value ± error`` with one format for both, or the value alone where there is no error (nan)."""
+    return f"{value:{form}} ± {error:{form}}" if np.isfinite(error) else f"{value:{form}}"

@@ -55,4 +55,4 @@ def analyze(arguments: Sequence[str]) -> list[str]:
     answer: dict[str, Any] = analysis.run(files, out, **given)
     if as_json:
         return [json.dumps({key: value for key, value in answer.items() if key != "report"}, allow_nan=False)]
-    return [*answer["report"], *(f"wrote {path}" for path in answer["files"])]
+    return [*(f"wrote {path}" for path in answer["files"]), *answer["report"], f"figure: {answer['figure']}"]

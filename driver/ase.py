@@ -80,10 +80,11 @@ class VoltPICalculator(Calculator):
         response = self._evaluator.evaluate_systems(
             np.asarray(atoms.cell)[None], atoms.get_positions()[None], fields=self._field[None]
         )
-        out = record(response, atoms, self.settings, 0.0)
+        volume = self._evaluator.volume(np.asarray(atoms.cell))
+        out = record(response, volume, 0.0)
         arrays = ("forces", "charges", "shells", "dipole", "born_charges", "polarizability")
         self.results = {key: np.asarray(out[key]) for key in arrays if key in out}
         self.results |= {key: out[key] for key in ("energy", "energy_terms", "residual", "iterations")}
         self.results["free_energy"] = out["energy"]
-        if atoms.cell.rank == 3 and atoms.pbc.all():
+        if volume:
             self.results["stress"] = full_3x3_to_voigt_6_stress(np.asarray(out["stress"]))

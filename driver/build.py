@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from voltpi.driver.settings import Settings
+from ase.data import atomic_numbers
+
+from voltpi.driver.settings import Settings, finite_number
+from voltpi.driver.settings_file import origin_of, read_yaml
 from voltpi.potential.errors import InputError
 from voltpi.potential.model import Potential
 
@@ -86,14 +89,12 @@ def _unavailable(s: Settings) -> Iterator[tuple[str, str]]:
 
 
 def _charges(settings: Settings) -> Any:
-    from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT, PQEq, read_parameters
+    from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT, PQEq
 
     c = settings.charges
     if c.model == "none":
         return None
-    table = read_parameters("default")
-    if c.parameters != "default":
-        table = {**table, **read_parameters(c.parameters)}
+    table = _parameters(c.parameters)
     if c.model == "qeq":
         table = {symbol: row._replace(Z=0.0) for symbol, row in table.items()}
     constant = settings.coulomb.coulomb_constant
@@ -109,6 +110,42 @@ def _charges(settings: Settings) -> Any:
     )
 
 
+def _parameters(source: str) -> dict[str, Any]:
+    """The shipped table, with the rows of a CSV or the numbers of a YAML file ({O: {K: 400}}) put over it.
+
+    Raises InputError for a file that cannot be read, an unknown element or name, and a number that cannot be.
+    """
+    from voltpi.potential.electrostatics.pqeq import ElementParameters, check_parameters, read_parameters
+
+    table = read_parameters("default")
+    path = Path(source)
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        return table if source == "default" else {**table, **read_parameters(source)}
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file of parameters; check charges.parameters")
+    overrides, origins = read_yaml(path)
+    for symbol, values in overrides.items():
+        where = origin_of(origins, (symbol,))
+        if symbol not in atomic_numbers:
+            raise InputError(f"{where}: {symbol} is not an element; write like {{O: {{K: 400}}}}")
+        if not isinstance(values, dict) or not values or not values.keys() <= set(ElementParameters._fields):
+            raise InputError(f"{where}: {symbol} needs some of {', '.join(ElementParameters._fields)}, like {{K: 400}}")
+        known = table[symbol]._asdict() if symbol in table else {}
+        try:
+            table[symbol] = ElementParameters(
+                **{key: finite_number(value) for key, value in {**known, **values}.items()}
+            )
+        except ValueError as error:
+            raise InputError(f"{where}: {error} for each parameter of {symbol}") from None
+        except TypeError:
+            missing = [name for name in ElementParameters._fields if name not in values]
+            raise InputError(
+                f"{where}: {symbol} is not in the shipped table; give {', '.join(missing)} as well"
+            ) from None
+        check_parameters(where, symbol, table[symbol])
+    return table
+
+
 def _dispersion(settings: Settings) -> Any:
     if settings.dispersion is None:
         return None
@@ -120,6 +157,7 @@ def _dispersion(settings: Settings) -> Any:
 def _from_checkpoint(settings: Settings, device: str) -> Potential:
     """A trained model with the settings that may differ from run to run; what would change its physics is refused."""
     from voltpi.potential.checkpoints import load_potential
+    from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT
 
     try:
         potential = load_potential(settings.model, precision=settings.precision, device=device)
@@ -134,13 +172,19 @@ def _from_checkpoint(settings: Settings, device: str) -> Potential:
         )
 
     charges = potential.charges
+    if charges is None:
+        for key in settings.given_for_charges():
+            raise contradiction(key, "no charges")
+    elif charges.response == "all" and settings.charges.carried != "auto":
+        raise contradiction("charges.carried", "charges.response: all, where every charge feels the field")
     if given.get("charges.parameters", "default") != "default":
         raise contradiction("charges.parameters", "its own parameters")
     if "charges.model" in given and given["charges.model"] != _charge_model(charges):
         raise contradiction("charges.model", _charge_model(charges))
     for key, attribute in _TRAINED.items():
-        if key in given and given[key] not in ("codata", getattr(charges, attribute, None)):
-            raise contradiction(key, getattr(charges, attribute, "no charges"))
+        trained = getattr(charges, attribute, "no charges")
+        if key in given and (COULOMB_CONSTANT if given[key] == "codata" else given[key]) != trained:
+            raise contradiction(key, trained)
     if "dispersion" in given and potential.dispersion is not None:
         raise contradiction("dispersion", "D3")
     for key in ("functional", "damping"):

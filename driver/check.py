@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,9 @@ from voltpi.driver.settings import Settings, load_settings
 from voltpi.potential.errors import InputError, VoltPIError
 
 if TYPE_CHECKING:
-    from voltpi.driver.ipi_input import RunInput
+    from voltpi.driver.ipi_input import DirectForceField, RunInput, SocketForceField
 
-__all__ = ["Finding", "check", "default_template"]
+__all__ = ["Finding", "check", "default_template", "refuse_turned_starts"]
 
 # beyond these a run does not conserve energy whatever the potential (fs)
 _LONGEST_TIMESTEP = 5.0
@@ -186,8 +187,6 @@ def _timestep(plan: RunInput, atoms: Atoms) -> Iterator[Finding]:
 def _forcefields(plan: RunInput, atoms: Atoms | None) -> Iterator[Finding]:
     """Every forcefield that is ours: settings valid, start structure known, finite numbers."""
     from voltpi.driver.launch import RunRecord, settings_for
-    from voltpi.driver.pes import parameter_value
-    from voltpi.driver.structures import read_structures
 
     for ff in plan.sockets:
         try:
@@ -199,7 +198,7 @@ def _forcefields(plan: RunInput, atoms: Atoms | None) -> Iterator[Finding]:
         if atoms is None:
             yield from _check_without_structure(settings, file)
         else:
-            yield _evaluates(settings, atoms, f"{plan.path.name}, <ffsocket name='{ff.name}'>")
+            yield from _evaluates_in_a_run(plan, settings, atoms, f"{plan.path.name}, <ffsocket name='{ff.name}'>")
     for direct in plan.direct:
         if not direct.ours:
             yield Finding(
@@ -208,10 +207,7 @@ def _forcefields(plan: RunInput, atoms: Atoms | None) -> Iterator[Finding]:
             continue
         name = f"{plan.path.name}, <ffdirect name='{direct.name}'>"
         try:
-            own_keys = ("settings", "template", "verbose", "verbosity")
-            overrides = {key: parameter_value(value) for key, value in direct.parameters.items() if key not in own_keys}
-            settings = load_settings(plan.folder / str(direct.parameters["settings"]), overrides, origin="<parameters>")
-            own = read_structures(plan.folder / str(direct.parameters["template"]))[0]
+            settings, own = _parts_of(plan, direct)
         except InputError as error:
             yield Finding(False, f"{name}: {error}")
             continue
@@ -222,4 +218,57 @@ def _forcefields(plan: RunInput, atoms: Atoms | None) -> Iterator[Finding]:
                 f"({atoms.symbols}); give both the same file",
             )
             continue
-        yield _evaluates(settings, own, name)
+        yield from _evaluates_in_a_run(plan, settings, own, name)
+
+
+def _parts_of(plan: RunInput, direct: DirectForceField) -> tuple[Settings, Atoms]:
+    """Settings and start structure that an ``<ffdirect>`` of ours names. Raises InputError."""
+    from voltpi.driver.pes import parameter_value
+    from voltpi.driver.structures import read_structures
+
+    own_keys = ("settings", "template", "verbose", "verbosity")
+    overrides = {key: parameter_value(value) for key, value in direct.parameters.items() if key not in own_keys}
+    settings = load_settings(plan.folder / str(direct.parameters["settings"]), overrides, origin="<parameters>")
+    return settings, read_structures(plan.folder / str(direct.parameters["template"]))[0]
+
+
+def _evaluates_in_a_run(plan: RunInput, settings: Settings, atoms: Atoms, name: str) -> Iterator[Finding]:
+    try:
+        _refuse_turned_start(plan, settings, atoms, name)
+    except InputError as error:
+        yield Finding(False, str(error))
+    yield _evaluates(settings, atoms, name)
+
+
+def _refuse_turned_start(plan: RunInput, settings: Settings, atoms: Atoms, name: str) -> None:
+    from voltpi.driver.structures import refuse_ipis_orientation
+
+    if plan.is_checkpoint:  # holds its own cell
+        return
+    try:
+        refuse_ipis_orientation(atoms, settings)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+def refuse_turned_starts(plan: RunInput, settings: Mapping[str, Path]) -> None:
+    """Raises InputError where a forcefield of ours would find, at the first step, that i-PI has turned the cell.
+
+    ``settings`` are the files of the ``<ffsocket>``s, by name. What else is wrong with them is left to the drivers.
+    """
+    from voltpi.driver.structures import read_structures
+
+    def of_socket(ff: SocketForceField) -> tuple[Settings, Atoms]:
+        assert plan.template is not None
+        return load_settings(settings[ff.name]), read_structures(plan.template)[0]
+
+    if plan.is_checkpoint:
+        return
+    readers = {f"<ffsocket name='{ff.name}'>": partial(of_socket, ff) for ff in plan.sockets}
+    readers |= {f"<ffdirect name='{d.name}'>": partial(_parts_of, plan, d) for d in plan.direct if d.ours}
+    for name, read in readers.items():
+        try:
+            parts = read()
+        except InputError:
+            continue
+        _refuse_turned_start(plan, *parts, f"{plan.path.name}, {name}")

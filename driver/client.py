@@ -128,7 +128,7 @@ def evaluate_batch(evaluator: EvaluatorLike, structures: Structures) -> list[Res
     """Evaluates a batch, its padding only once; one result for every structure.
 
     Replica numbers are places in the batch. Over sockets these follow i-PI's queue and not always the same bead, which
-    is enough for their use: a start for the solver, and the image of an atom nearest to a neighbouring bead.
+    is enough for their use: the image of an atom nearest to a neighbouring bead.
 
     Raises VoltPIError for another number of atoms than the evaluator's and for positions or cells that are not finite.
     """

@@ -44,16 +44,15 @@ def evaluate_frames(settings: Settings, frames: Sequence[Atoms], source: str) ->
             )
         except VoltPIError as error:
             raise type(error)(f"{name}: {error}") from None
-        yield record(response, atoms, settings, time.perf_counter() - began)
+        yield record(response, evaluator.volume(np.asarray(atoms.cell)), time.perf_counter() - began)
 
 
 def _alike(first: Atoms, other: Atoms) -> bool:
     return np.array_equal(first.numbers, other.numbers) and np.array_equal(first.pbc, other.pbc)
 
 
-def record(response: Response, atoms: Atoms, settings: Settings, seconds: float) -> dict[str, Any]:
+def record(response: Response, volume: float, seconds: float) -> dict[str, Any]:
     """One structure's answer as numbers and lists; ``stress`` has ASE's sign (−virial/volume; 0 without a volume)."""
-    volume = atoms.get_volume() if atoms.cell.rank == 3 and bool(atoms.pbc.all()) else 0.0
     virial = response.virial[0].detach().cpu().numpy()
     out: dict[str, Any] = {
         "energy": float(response.energy[0]),

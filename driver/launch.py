@@ -7,6 +7,7 @@ here waits without a limit: whichever process dies, the others are stopped, i-PI
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from voltpi.driver.check import refuse_turned_starts
 from voltpi.driver.client import TcpAddress, UnixAddress
 from voltpi.driver.ipi_input import RunInput, SocketForceField, read_input
 from voltpi.driver.pes import STOPPED
@@ -32,6 +34,7 @@ __all__ = ["RunRecord", "driver_command", "read_input", "run", "settings_for"]
 
 CONNECT_SECONDS = 600  # for a driver; this process notices long before when i-PI is gone
 SOFT_STOP_SECONDS = (15.0, 75.0)  # with the drivers, and without: i-PI waits up to 60 s for one that does not answer
+LOCK = ".voltpi.lock"
 _POLL_SECONDS = 0.2
 _GOODBYE_SECONDS = 30.0
 _LOG_LINES = 12
@@ -73,12 +76,37 @@ def run(
                 f"{record.path.name}, which says where it is, is not here (or names a missing file); "
                 "give it with --template START.xyz"
             )
-    # a short name in /tmp: unix socket paths have about a hundred bytes
-    scratch = Path(tempfile.mkdtemp(prefix="voltpi-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))
+    refuse_turned_starts(plan, record.settings)
+    with _alone_in(plan.folder):
+        # a short name in /tmp: unix socket paths have about a hundred bytes
+        scratch = Path(tempfile.mkdtemp(prefix="voltpi-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))
+        try:
+            return _Session(plan, record, drivers, scratch, quiet).run()
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Holds the run folder's lock, which the system drops when this process ends, however it ends.
+
+    Raises InputError where another run holds it: both would write the same RESTART and outputs.
+    """
+    path = folder / LOCK
     try:
-        return _Session(plan, record, drivers, scratch, quiet).run()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        file = path.open("a")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); run in a folder that can") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder}: another `voltpi run` is going on in this folder; wait for it, or run in a folder of its own"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 @dataclass

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import yaml
 from ipi.pes.dummy import Dummy_driver
 from ipi.utils.softexit import softexit
 
@@ -86,12 +87,19 @@ def make_evaluator(settings: str, template: str, overrides: dict[str, Any]) -> E
 
 
 def parameter_value(value: Any) -> Any:
-    """``0 0 0.05`` as a list; anything else as it is."""
+    """``0 0 0.05`` as a list of numbers (whole ones stay whole) and nulls; anything else as it is."""
     words = value.split() if isinstance(value, str) else []
-    try:
-        return [None if word == "null" else float(word) for word in words] if len(words) > 1 else value
-    except ValueError:
+    if len(words) < 2 or not all(word == "null" or _is_number(word) for word in words):
         return value
+    return [yaml.safe_load(word) for word in words]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _answer(result: ResultLike, structures: Structures) -> Answer:

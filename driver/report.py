@@ -34,7 +34,7 @@ def print_frame(record: dict[str, Any], atoms: Atoms, title: str) -> None:
         totals.add_row(f"  {name}", f"{value:.6f} eV")
     forces = np.linalg.norm(record["forces"], axis=1)
     totals.add_row("largest force", f"{forces.max():.4f} eV/Å (atom {int(forces.argmax())})")
-    if atoms.cell.rank == 3 and atoms.pbc.all():
+    if np.any(record["stress"]):  # exactly zero without a volume
         totals.add_row("pressure", f"{-np.trace(record['stress']) / 3 * 160.21766208:.4f} GPa")
     totals.add_row("dipole", f"{_vector(record['dipole'])} e·Å")
     totals.add_row("charges", f"{min(record['charges']):.4f} … {max(record['charges']):.4f} e")
@@ -70,5 +70,7 @@ def _card_text(value: Any) -> str:
     if isinstance(value, dict):
         return "\n".join(f"{key}: {_card_text(inner)}" for key, inner in value.items())
     if isinstance(value, list):
-        return ", ".join(str(item) for item in value)
+        return ", ".join(_card_text(item) for item in value)
+    if isinstance(value, float):
+        return f"{float(f'{value:.3g}'):g}"  # three digits, and no exponent where none is needed
     return str(value)

@@ -40,11 +40,12 @@ __all__ = [
     "Settings",
     "ShortRange",
     "Taper",
+    "finite_number",
     "load_settings",
 ]
 
 
-def _finite_number(value: Any) -> float:
+def finite_number(value: Any) -> float:
     """A finite float; text as YAML 1.1 leaves it ('1e-6') is accepted, true/false is not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError("expected a number")
@@ -57,7 +58,7 @@ def _finite_number(value: Any) -> float:
     return number
 
 
-Number = Annotated[float, BeforeValidator(_finite_number)]
+Number = Annotated[float, BeforeValidator(finite_number)]
 
 
 class _Strict(BaseModel):
@@ -104,7 +105,7 @@ def _per_atom(value: Any) -> Any:
     if isinstance(value, str) and value:
         return value
     if isinstance(value, list | tuple) and value:
-        return tuple(_finite_number(x) for x in value)
+        return tuple(finite_number(x) for x in value)
     raise ValueError("expected 'auto', the name of a per-atom array in the structure file, or a list of numbers")
 
 
@@ -129,7 +130,7 @@ def _width(value: Any) -> Any:
     if value == "point":
         return value
     if isinstance(value, dict) and value:
-        widths = {_text(k): _finite_number(v) for k, v in value.items()}
+        widths = {_text(k): finite_number(v) for k, v in value.items()}
         if all(eta > 0 for eta in widths.values()):
             return widths
     raise ValueError("expected 'point' or a mapping of element to eta (1/Å, positive)")
@@ -162,7 +163,7 @@ class Taper(_Strict):
 def _coulomb_constant(value: Any) -> Any:
     if value == "codata":
         return value
-    number = _finite_number(value)
+    number = finite_number(value)
     if number <= 0:
         raise ValueError("expected 'codata' or a positive number (eV Å/e²)")
     return number
@@ -229,7 +230,7 @@ def _field(value: Any) -> Any:
     if value == "from-frame":
         return value
     if isinstance(value, list | tuple) and len(value) == 3:
-        return tuple(_finite_number(x) for x in value)
+        return tuple(finite_number(x) for x in value)
     raise ValueError("expected three numbers (V/Å) or 'from-frame'")
 
 
@@ -237,7 +238,7 @@ def _displacement(value: Any) -> Any:
     if value is None:
         return None
     if isinstance(value, list | tuple) and len(value) == 3:
-        return tuple(None if x is None else _finite_number(x) for x in value)
+        return tuple(None if x is None else finite_number(x) for x in value)
     raise ValueError("expected null or three entries, each a number (V/Å) or null")
 
 
@@ -303,6 +304,11 @@ class Settings(_Strict):
         """Dotted key -> value of everything that was set explicitly, leaf by leaf."""
         return dict(_given(self, ""))
 
+    def given_for_charges(self) -> list[str]:
+        """The keys among them that have no meaning without charges."""
+        neutral = ("charges.model", "coulomb.boundary")  # the boundary is that of short range and dispersion too
+        return sorted(k for k in self.given() if k.startswith(("charges.", "coulomb.")) and k not in neutral)
+
     def where(self, key: str) -> str:
         """File and line (or option) that gave ``key``, or an empty string."""
         return origin_of(self._origins, key_path(key))
@@ -326,7 +332,7 @@ def _contradictions(s: Settings) -> Iterator[tuple[str, str]]:
     """Pairs (key, sentence) for settings that exclude each other, whatever the structure."""
     charges, coulomb = s.charges, s.coulomb
     given = set(s.given())
-    if s.has_model and s.short_range is not None:
+    if s.has_model and "short_range" in {key.partition(".")[0] for key in given}:
         yield (
             "short_range",
             f"short_range cannot be combined with model {s.model}, which brings its own; remove one of the two",
@@ -340,6 +346,9 @@ def _contradictions(s: Settings) -> Iterator[tuple[str, str]]:
                     "displacement",
                     f"displacement and field are both set along {axis}; keep one of the two in each direction",
                 )
+    if charges.model == "none":
+        for key in s.given_for_charges():
+            yield key, f"{key} has no meaning with charges.model: none; remove one of the two"
     if charges.model != "fixed":
         for key in ("charges.values", "charges.width"):
             if key in given:

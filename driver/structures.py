@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from ase import Atoms
+from ase.cell import Cell
 from ase.io import read as read_with_ase
 from numpy.typing import NDArray
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from voltpi.potential.model import Potential
     from voltpi.potential.systems import Systems
 
-__all__ = ["frame_field", "prepare_frame", "read_structures"]
+__all__ = ["frame_field", "prepare_frame", "read_structures", "refuse_ipis_orientation", "refuse_turned"]
 
 _IPI_CELL = re.compile(rb"#\s*CELL[\(\[\{]")
 
@@ -124,6 +125,28 @@ def prepare_frame(atoms: Atoms, settings: Settings, potential: Potential, frame:
         except InputError as error:
             raise settings.refusal("field", str(error)) from None
     return prepared
+
+
+def refuse_turned(own: NDArray[np.float64], cell: NDArray[np.float64]) -> None:
+    """Raises InputError where ``cell`` [3, 3] (Å, rows) is ``own`` turned: a field does not turn along."""
+    same_shape = np.allclose(cell @ cell.T, own @ own.T, rtol=1e-4, atol=1e-4)
+    if same_shape and not np.allclose(cell, own, atol=1e-3):
+        raise InputError(
+            "i-PI turns the cell of the start structure (a along x, b in the xy plane) but the field is given in the "
+            "file's axes: write the structure with its cell in that orientation, and the field with it"
+        )
+
+
+def refuse_ipis_orientation(atoms: Atoms, settings: Settings) -> None:
+    """What ``refuse_turned`` would find at the first step of a run: i-PI turns the cell of a periodic file on reading.
+
+    Raises InputError for a start structure that is periodic throughout and in a field, in a cell that i-PI would turn.
+    """
+    bare = _with_boundary(atoms, settings, "the structure")
+    if atoms.pbc.all() and bare.pbc.all() and frame_field(atoms, settings).any():
+        own = np.asarray(bare.cell)
+        turned = np.asarray(Cell.new(bare.cell.cellpar())) * [1, 1, np.sign(np.linalg.det(own))]  # it does not mirror
+        refuse_turned(own, turned)
 
 
 def _with_boundary(atoms: Atoms, settings: Settings, frame: str) -> Atoms:

@@ -126,7 +126,10 @@ def save_potential(path: str | Path, potential: Potential, card: dict[str, Any])
         raise InputError(f"{path}: there is no folder {path.parent}; create it, or give another path")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o777  # as the umask says; safetensors writes for the owner alone
         save_file(tensors, str(temporary), metadata={"voltpi": json.dumps(description)})
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be written ({error}); give a path that can") from None

@@ -40,7 +40,7 @@ def _bonds(systems: Systems) -> tuple[np.ndarray, np.ndarray]:
     bonded = length < BOND_TOLERANCE
     # a hydrogen keeps one bond, to a heavier atom where there is one: close contacts of molecules do not join them
     hydrogen = systems.numbers == 1
-    rank = length + 10.0 * (hydrogen[i] & hydrogen[j])
+    rank = torch.where(bonded, length + 10.0 * (hydrogen[i] & hydrogen[j]), torch.inf)
     first = torch.full_like(radii, torch.inf).scatter_reduce(0, i, rank, "amin")
     for atom in (i, j):
         bonded &= ~hydrogen[atom] | (rank <= first[atom])

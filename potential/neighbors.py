@@ -1,8 +1,7 @@
 """Neighbour lists with a Verlet skin that survives from call to call.
 
-`vesin` builds the list: it takes any cell and mixed periodicity, cells smaller than the cutoff included, and
-measured 0.05 s for 2160 atoms at 6 Å on two CPU cores, against 0.25 s for nvalchemi-toolkit-ops and seconds for
-`ase.neighborlist`.
+`vesin` builds the list: it takes any cell and mixed periodicity, cells smaller than the cutoff included. 2160 atoms,
+6 Å, 200 880 pairs, one core: 12 ms, against 874 ms for ``ase.neighborlist``, with the same pairs.
 """
 
 from __future__ import annotations

@@ -63,4 +63,9 @@ def test_analysis_of_the_run(folder):
     assert np.isfinite(numbers["temperature_K"])
     assert np.isfinite(numbers["induced_dipole_per_molecule_eA"])
     assert np.isfinite(numbers["conserved_drift_eV_per_atom_ps"])
-    assert str(folder / "polarization.png") in done.stdout or "polarization.png" in done.stdout
+    *_, dipole, temperature, drift, figure = done.stdout.splitlines()
+    assert dipole.startswith("induced dipole per molecule")
+    assert temperature.startswith("temperature")
+    assert drift.startswith("drift of conserved quantity")
+    assert figure.startswith("figure: ")
+    assert (folder / figure.removeprefix("figure: ")).read_bytes().startswith(b"\x89PNG")

@@ -2,7 +2,7 @@
 
 First TIP3P (seconds), then the model itself in the field:
 
-python make_start.py OUT.xyz [--classical-ps 10] [--model-ps 1.5]
+python make_start.py OUT.xyz [--classical-ps 10] [--model-ps 2]
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--classical-ps", type=float, default=10.0)
-    parser.add_argument("--model-ps", type=float, default=1.5)
+    parser.add_argument("--model-ps", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)

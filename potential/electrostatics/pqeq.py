@@ -31,7 +31,15 @@ from voltpi.potential.errors import InputError, NoStablePointError, NotConverged
 from voltpi.potential.fragments import check_whole, percolating, whole_positions
 from voltpi.potential.systems import Systems
 
-__all__ = ["COULOMB_CONSTANT", "KCAL_PER_EV", "ElementParameters", "PQEq", "PQEqSolution", "read_parameters"]
+__all__ = [
+    "COULOMB_CONSTANT",
+    "KCAL_PER_EV",
+    "ElementParameters",
+    "PQEq",
+    "PQEqSolution",
+    "check_parameters",
+    "read_parameters",
+]
 
 COULOMB_CONSTANT = 14.3996454784255
 """eV Å/e², CODATA 2018."""
@@ -85,13 +93,13 @@ def read_parameters(path: str | Path = "default") -> dict[str, ElementParameters
             raise InputError(f"{path}: the row of {symbol} needs the numbers chi,eta,Z,R,K") from None
         if None in row:
             raise InputError(f"{path}: the row of {symbol} has more than the numbers chi,eta,Z,R,K")
-        _check_parameters(str(path), symbol, table[symbol])
+        check_parameters(str(path), symbol, table[symbol])
     if not table:
         raise InputError(f"{path}: the table has no rows; give symbol,chi,eta,Z,R,K of every element")
     return table
 
 
-def _check_parameters(source: str, symbol: str, p: ElementParameters) -> None:
+def check_parameters(source: str, symbol: str, p: ElementParameters) -> None:
     """Raises InputError for numbers that no atom can have."""
     if not all(math.isfinite(value) for value in p):
         raise InputError(f"{source}: chi, eta, Z, R and K of {symbol} must be finite numbers")
@@ -296,7 +304,7 @@ class PQEq:
             if not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name} is {value:g}: {fix}")
         for symbol, row in self.parameters.items():
-            _check_parameters("charges.parameters", symbol, row)
+            check_parameters("charges.parameters", symbol, row)
 
     @property
     def config(self) -> dict[str, Any]:

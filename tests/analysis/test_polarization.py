@@ -55,11 +55,40 @@ def test_molecules_are_found_and_made_whole(nvt_run: Path) -> None:
     wrapped.wrap()
     labels = molecules_of(wrapped)
     np.testing.assert_array_equal(labels, np.repeat(np.arange(64), 3))
-    r = whole(wrapped)
-    bonds = r[1::3] - r[0::3]
-    np.testing.assert_allclose(np.linalg.norm(bonds, axis=1), 0.9686, atol=1e-3)
+    r, expected = whole(wrapped), whole(atoms)
+    for hydrogen in (1, 2):
+        bonds = expected[hydrogen::3] - expected[0::3]
+        # the wrapped molecules are the same molecules: no image is left between their atoms
+        np.testing.assert_allclose(r[hydrogen::3] - r[0::3], bonds, atol=1e-9)
+        for k, bond in enumerate(bonds):
+            nearest = atoms.get_distance(3 * k, 3 * k + hydrogen, mic=True, vector=True)
+            np.testing.assert_allclose(bond, nearest, atol=1e-9)
     assert np.linalg.norm(wrapped.positions[1::3] - wrapped.positions[0::3], axis=1).max() > 10
     assert molecules_of(Atoms("Ar2", [[0, 0, 0], [0, 0, 5]])).tolist() == [0, 1]
+
+
+def crowded() -> Atoms:
+    """Two molecules whose hydrogens touch, a stretched one, H2, and ions within the reach of their covalent radii."""
+    water = np.array([[0.0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0]])
+    parts = [
+        water,
+        water * [-1, 1, 1] + [2.32, 0, 0],  # H–H 0.4 Å
+        water * 1.23 + [0, 0, 5],  # O–H 1.18 Å
+        np.array([[6.0, 6, 6], [6.74, 6, 6]]),
+        np.array([[2.1, 0, 5.9], [4.0, 6, 0], [6.4, 6, 0]]),  # Na–O 2.3 Å; Ca–Cl 2.4 Å
+    ]
+    return Atoms("OH2OH2OH2" + "H2" + "NaCaCl", np.concatenate(parts), cell=[12.0, 12, 12], pbc=True)
+
+
+def test_molecules_are_those_of_the_potential(nvt_run: Path) -> None:
+    from voltpi.potential.fragments import assign_fragments
+    from voltpi.potential.systems import Systems
+
+    atoms = crowded()
+    assert molecules_of(atoms).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 6]
+    for structure in (atoms[:9], atoms[[*range(9), 11, 12, 13]], read(nvt_run / "start.xyz")):
+        fragments = assign_fragments(Systems.from_atoms(structure)).fragments
+        np.testing.assert_array_equal(molecules_of(structure), fragments)
 
 
 def test_dipole_of_a_run(nvt_run: Path) -> None:
@@ -148,6 +177,33 @@ def test_skip_and_field_options(nvt_run: Path, tmp_path: Path) -> None:
         polarization.run([nvt_run], tmp_path, skip=500.0)
     with pytest.raises(InputError, match="skip is -1"):
         polarization.run([nvt_run], tmp_path, skip=-1.0)
+
+
+def test_one_record_has_no_error(nvt_run: Path, tmp_path: Path) -> None:
+    for field in (None, [0.0, 0.0, 0.0]):
+        result = ANALYSES["polarization"].run([nvt_run], tmp_path, skip=100.0, field=field)
+        assert result["n_records"] == 1
+        assert result["temperature_error_K"] is None
+        assert len(result["report"]) == 2
+        for line in result["report"]:
+            assert "no error from one record" in line
+            assert "nan" not in line
+    assert "nan" not in (tmp_path / "polarization.svg").read_text()
+
+
+def test_times_beyond_the_properties(nvt_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(nvt_run, folder)
+    lines = (folder / "run.out").read_text().splitlines(keepends=True)
+    rows = [line for line in lines if not line.startswith("#")]
+    (folder / "run.out").write_text("".join([*(x for x in lines if x.startswith("#")), *rows[5:-5]]))
+    run = find_run(folder)
+    np.testing.assert_allclose(run.times([0, 7, 20, 190, 200]), [0.0, 3.5, 10.0, 95.0, 100.0], atol=1e-9)
+    np.testing.assert_allclose(polarization_of(run).time, 2.0 * np.arange(51), atol=1e-9)
+    (folder / "run.out").write_text("".join([*(x for x in lines if x.startswith("#")), rows[2]]))
+    np.testing.assert_allclose(find_run(folder).times([8, 8]), [4.0, 4.0])
+    with pytest.raises(InputError, match="only one step"):
+        find_run(folder).times([8, 12])
 
 
 def test_files_instead_of_a_folder(nvt_run: Path, tmp_path: Path) -> None:

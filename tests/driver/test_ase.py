@@ -78,6 +78,22 @@ def test_results_are_those_of_the_command_line() -> None:
     np.testing.assert_allclose(atoms.get_dipole_moment(), record["dipole"], atol=1e-8)
 
 
+@pytest.mark.parametrize("boundary", ["open", "periodic"])
+def test_stress_is_that_of_the_boundary_that_is_evaluated(boundary: str) -> None:
+    """``coulomb.boundary`` overrides the file's: periodic has a stress, open has none."""
+    settings = load_settings(overrides={**SETTINGS, "coulomb.boundary": boundary})
+    atoms, plain = water(pbc=boundary == "open"), water(pbc=boundary == "periodic")
+    overridden, right = (next(evaluate_frames(settings, [a], "w.xyz"))["stress"] for a in (atoms, plain))
+    np.testing.assert_allclose(overridden, right, atol=1e-12)
+    assert np.any(overridden) == (boundary == "periodic")
+    atoms.calc = VoltPICalculator(settings)
+    atoms.get_potential_energy()
+    if boundary == "open":
+        assert "stress" not in atoms.calc.results
+    else:
+        np.testing.assert_allclose(atoms.get_stress(), full_3x3_to_voigt_6_stress(np.array(right)), atol=1e-10)
+
+
 def test_the_dipole_is_minus_the_slope_of_the_energy_in_the_field_of_the_frame() -> None:
     atoms = water()
     atoms.calc = VoltPICalculator({"charges.conserve": "fragments", "field": "from-frame"})

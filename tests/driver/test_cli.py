@@ -354,6 +354,44 @@ def test_check_finds_a_structure_that_would_explode(run_folder: Path, monkeypatc
     assert any("would explode" in sentence for sentence in problems(run_folder / "input.xml"))
 
 
+@pytest.mark.parametrize("way", ["socket", "direct"])
+def test_a_cell_that_ipi_would_turn_is_found_before_the_run(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    from voltpi.driver import pes
+
+    if way == "direct":
+        direct = (
+            f"<ffdirect name='ff'> <pes>custom</pes> <pes_path>{pes.__file__}</pes_path> "
+            "<parameters>{settings: settings.yaml, template: start.xyz}</parameters> </ffdirect>"
+        )
+        (run_folder / "input.xml").write_text(XML.format(forcefield=direct, timestep=0.25))
+    turned = water()
+    turned.rotate(30, "z", rotate_cell=True)
+    write(run_folder / "start.xyz", turned, format="extxyz")
+    (sentence,) = problems(run_folder / "input.xml")
+    assert "i-PI turns the cell" in sentence
+    assert "name='ff'" in sentence
+    assert "i-PI turns the cell" in refused(capsys, "run", str(run_folder / "input.xml"))
+    assert not list(run_folder.glob("*.log"))  # nothing was started
+    (run_folder / "settings.yaml").write_text("charges: {conserve: fragments}\n")
+    assert problems(run_folder / "input.xml") == []  # without a field it does not matter
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_cell_that_ipi_keeps_is_no_problem(run_folder: Path, sign: int) -> None:
+    """Triclinic, in either handedness: i-PI turns but does not mirror."""
+    from ipi.utils.io import read_file
+
+    kept = water()
+    kept.set_cell([[7, 0, 0], [0.4, 7.5, 0], [0.3, -0.5, 8 * sign]])
+    write(run_folder / "start.xyz", kept, format="extxyz")
+    with (run_folder / "start.xyz").open() as file:
+        h = read_file("ase", file)["cell"].h
+    np.testing.assert_allclose(h.T * 0.529177210903, kept.cell, atol=1e-6)
+    assert problems(run_folder / "input.xml") == []
+
+
 def test_check_compares_the_template_of_ffdirect_with_the_start(run_folder: Path) -> None:
     from voltpi.driver import pes
 
@@ -393,7 +431,7 @@ def test_analyze_hands_its_options_to_the_analysis(
     monkeypatch.setitem(ANALYSES, "toy", Analysis("toy", "a toy", run, options))
     arguments = ["analyze", "toy", str(tmp_path), "--out", str(tmp_path / "o"), "--field", "0", "0", "-0.05"]
     assert main(arguments) == 0
-    assert capsys.readouterr().out.splitlines() == ["slope 2.5", "wrote f.png", "wrote f.csv"]
+    assert capsys.readouterr().out.splitlines() == ["wrote f.png", "wrote f.csv", "slope 2.5", "figure: f.png"]
     assert seen == {"paths": [tmp_path], "out": tmp_path / "o", "skip": 0.0, "field": [0, 0, -0.05]}
     assert main(["analyze", "toy", str(tmp_path), "--json", "--skip", "3"]) == 0
     assert json.loads(capsys.readouterr().out)["slope"] == 2.5
@@ -455,11 +493,13 @@ def test_new_overwrites_nothing(shipped: Path, capsys: pytest.CaptureFixture[str
 def test_models_are_listed_with_their_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
     from voltpi.potential import checkpoints
 
+    errors = {"force RMSE": "0.01 eV/Å", "rmse": 0.012345678, "shift": -2081.44}
+    card = {"data": "melts", "frames": 12345, "errors": errors}
     monkeypatch.setattr(checkpoints, "list_models", lambda: ["salt"])
-    monkeypatch.setattr(checkpoints, "read_card", lambda _: {"data": "melts", "errors": {"force RMSE": "0.01 eV/Å"}})
+    monkeypatch.setattr(checkpoints, "read_card", lambda _: card)
     assert main(["models"]) == 0
     out = capsys.readouterr().out
-    for word in ("salt", "melts", "force RMSE: 0.01 eV/Å"):
+    for word in ("salt", "melts", "force RMSE: 0.01 eV/Å", "rmse: 0.0123 ", "shift: -2080 ", "frames: 12345 "):
         assert word in out
 
 

@@ -7,15 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ipi.pes._ase import ASEDriver
 from numpy.typing import NDArray
 
 from voltpi.driver.ase import VoltPICalculator
-from voltpi.driver.evaluator import BOHR, HARTREE, Evaluator
+from voltpi.driver.evaluator import BOHR, HARTREE, Evaluator, build_potential
 from voltpi.driver.settings import load_settings
 from voltpi.driver.structures import read_structures
 from voltpi.driver.unwrap import Unwrapper
+from voltpi.driver.warm_start import Solutions
+from voltpi.potential.electrostatics.pqeq import read_parameters
 from voltpi.potential.errors import InputError, VoltPIError
 
 # a left-handed triclinic cell (Å, rows): a transposed or mirrored matrix gives other numbers
@@ -137,6 +140,35 @@ def test_a_warm_start_saves_work_and_changes_nothing() -> None:
     again = e.evaluate_systems(np.asarray(atoms.cell)[None], atoms.get_positions()[None], [7])
     assert int(again.iterations[0]) < int(first.iterations[0])
     assert float(again.energy[0]) == pytest.approx(float(first.energy[0]), abs=1e-11)
+
+
+def test_beads_that_come_one_by_one_under_one_name_keep_their_own_start() -> None:
+    """Over plain sockets every bead is replica 0; each must go on from its own path, as with a driver of its own."""
+    cell, rng = np.asarray(water().cell)[None], np.random.default_rng(8)
+    beads = water().positions + rng.normal(scale=0.1, size=(4, 6, 3))
+    velocities = rng.normal(scale=0.01, size=beads.shape)
+    shared, own = evaluator(), [evaluator() for _ in beads]
+    iterations = np.zeros((2, 8, 4), dtype=int)
+    for step in range(8):
+        for i, bead in enumerate(beads + 3 * np.sin(step / 3) * velocities):
+            for way, e in enumerate((shared, own[i])):
+                iterations[way, step, i] = int(e.evaluate_systems(cell, bead[None], [0]).iterations[0])
+    assert iterations[0].sum() <= iterations[1].sum()
+    assert iterations[1, 0].sum() > 1.2 * iterations[1, -1].sum()  # a start does save work here
+
+
+def test_a_start_is_extrapolated_where_positions_go_on_and_nearest_where_they_jump() -> None:
+    known = Solutions(most=6)
+    path = [np.full((1, 3), 1 + 0.1 * t + 0.02 * t**2) for t in range(5)]
+    for r in path[:4]:
+        known.add(r, torch.tensor(2 * r))
+        known.add(-r, torch.tensor(5 * r))  # another path, in between
+    np.testing.assert_allclose(known.guess(path[4]), 2 * path[4], rtol=1e-12)
+    np.testing.assert_allclose(known.guess(-path[4]), 5 * path[4], rtol=1e-12)
+    for far in range(9, 30):
+        known.add(np.full((1, 3), -(10.0**far)), torch.zeros(1, 3))
+    assert len(known._solutions) == 6  # bounded; the oldest are forgotten
+    assert float(known.guess(path[4]).abs().max()) == 0
 
 
 @pytest.mark.parametrize("conserve", ["total", "fragments"])
@@ -347,8 +379,12 @@ def test_accuracy_boundary_field_and_output_of_a_model_may_be_chosen(checkpoint:
     assert e.potential.charges is not None
     assert e.potential.charges.accuracy == 1e-9
     assert "polarizability" in e.evaluate(*wire(water()))[0].extras
-    fine = Evaluator.from_settings(load_settings(overrides=keys), water())
-    assert fine.evaluate(*wire(water()))[0].energy != e.evaluate(*wire(water()))[0].energy
+    closed, coarse, trained = (
+        Evaluator.from_settings(load_settings(overrides={**keys, **more}), water()).evaluate(*wire(water()))[0].energy
+        for more in ({}, {"coulomb.accuracy": 1e-3}, {"coulomb.accuracy": 1e-5})
+    )
+    assert abs(coarse - closed) > 3 * abs(trained - closed)
+    assert abs(closed - e.evaluate(*wire(water()))[0].energy) > 100 * abs(coarse - closed)  # the boundary counts too
 
 
 @pytest.mark.parametrize(
@@ -370,6 +406,66 @@ def test_the_physics_of_a_trained_model_is_not_overridden(checkpoint: str, key: 
     settings = load_settings(overrides={"model": checkpoint, key: value})
     with pytest.raises(InputError, match=rf"{key}: .* contradicts model mine.safetensors.*; remove {key}"):
         Evaluator.from_settings(settings, water())
+
+
+@pytest.mark.parametrize(
+    ("charges", "key", "value"),
+    [
+        ({"response": "all"}, "charges.carried", [-0.8, 0.4, 0.4, -0.8, 0.4, 0.4]),
+        ({"coulomb_constant": 14.4}, "coulomb.coulomb_constant", "codata"),
+        (None, "charges.net_charge", 1.0),
+        (None, "coulomb.accuracy", 1e-5),
+    ],
+)
+def test_what_a_trained_model_cannot_take_up_is_not_ignored(
+    tmp_path: Path, charges: dict[str, Any] | None, key: str, value: Any
+) -> None:
+    from voltpi.potential.checkpoints import save_potential
+    from voltpi.potential.dispersion import D3
+    from voltpi.potential.electrostatics.pqeq import PQEq
+    from voltpi.potential.model import Potential
+
+    save_potential(tmp_path / "m.safetensors", Potential(charges=charges and PQEq(**charges), dispersion=D3()), {})
+    overrides = {"model": str(tmp_path / "m.safetensors"), "coulomb.boundary": "open"}
+    Evaluator.from_settings(load_settings(overrides=overrides), water())
+    with pytest.raises(InputError, match=rf"{key}: .* contradicts model m.safetensors.*; remove {key}"):
+        Evaluator.from_settings(load_settings(overrides={**overrides, key: value}), water())
+
+
+# -- parameters -------------------------------------------------------------------------------------------------------
+
+
+def test_parameters_in_yaml_are_put_over_the_table(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("O: {K: 500}\nLr: {chi: 5, eta: 10, Z: 1, R: 1.2, K: 1e3}\n")
+    (tmp_path / "s.yaml").write_text("charges: {parameters: p.yaml}\n")
+    built = build_potential(load_settings(tmp_path / "s.yaml")).charges
+    assert built is not None
+    table, shipped = built.parameters, read_parameters("default")
+    assert table["O"] == shipped["O"]._replace(K=500.0)
+    assert table["H"] == shipped["H"]
+    assert table["Lr"].K == 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("O: {k: 4}", "p.yaml, line 1: O needs some of chi, eta, Z, R, K"),
+        ("H: {K: 4}\nO: 4", "p.yaml, line 2: O needs some of"),
+        ("Ox: {K: 4}", "Ox is not an element"),
+        ("O: {K: soft}", "expected a number for each parameter of O"),
+        ("O: {K: -4}", "K of O must be positive"),
+        ("Lr: {K: 4}", "Lr is not in the shipped table; give chi, eta, Z, R as well"),
+        ("O: {K: 4}\nO: {K: 5}", "given twice"),
+        ("O: [", "not valid YAML"),
+    ],
+)
+def test_parameters_in_yaml_that_are_wrong(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(InputError) as raised:
+        build_potential(load_settings(overrides={"charges.parameters": str(tmp_path / "p.yaml")}))
+    assert words in str(raised.value)
+    with pytest.raises(InputError, match=r"no\.yaml: there is no such file"):
+        build_potential(load_settings(overrides={"charges.parameters": "no.yaml"}))
 
 
 # -- structure files --------------------------------------------------------------------------------------------------
@@ -414,7 +510,7 @@ def test_a_cell_that_ipi_has_turned_is_refused_in_a_field() -> None:
     template.rotate(30, "z", rotate_cell=True)
     turned = evaluator(template, field=FIELD)
     h, r = wire(water())
-    with pytest.raises(InputError, match="i-PI has turned the cell"):
+    with pytest.raises(InputError, match="i-PI turns the cell"):
         turned.evaluate(h, r)
     without_field = evaluator(template)
     assert np.isfinite(without_field.evaluate(h, r)[0].energy)

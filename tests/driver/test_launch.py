@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import re
@@ -21,6 +22,7 @@ from rich.console import Console
 from voltpi.driver import launch, pes
 from voltpi.driver.ipi_input import SocketForceField, read_input
 from voltpi.driver.progress import Progress, checkpoint_state, last_row
+from voltpi.driver.settings import load_settings
 from voltpi.potential.errors import InputError
 
 from ipi_runs import LIMIT, TOY, TOY_PES, direct, free_port, rows, table, trajectory, unix, until, write_input
@@ -102,6 +104,47 @@ def test_a_relative_input_in_another_folder(tmp_path, toys, reference, monkeypat
     monkeypatch.chdir(tmp_path)
     assert launch.run("deep/in.xml", quiet=True) == 0
     same(tmp_path / "deep", reference[1])
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path, toys, reference):
+    xml = write_input(tmp_path, unix())
+    with (tmp_path / launch.LOCK).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # what the first one holds
+        with pytest.raises(InputError, match="another `voltpi run` is going on in this folder"):
+            launch.run(xml, quiet=True)
+        assert not (tmp_path / "run.out").exists()
+    assert launch.run(xml, quiet=True) == 0  # the first one has ended; its file may stay
+    same(tmp_path, reference[1])
+
+
+def test_a_run_holds_its_folder(tmp_path, toys, monkeypatch):
+    xml, refusals = write_input(tmp_path, unix()), []
+
+    def second(self: object) -> int:
+        with pytest.raises(InputError, match="another `voltpi run`") as refusal:
+            launch.run(xml, quiet=True)
+        refusals.append(refusal)
+        return 0
+
+    monkeypatch.setattr(launch._Session, "run", second)
+    assert launch.run(xml, quiet=True) == 0
+    assert len(refusals) == 1
+
+
+def test_parameters_of_the_pes_keep_their_kind():
+    for text, value in (
+        ("0 0 0 1 1 1", [0, 0, 0, 1, 1, 1]),
+        ("0 -1.5 1e-2", [0, -1.5, "1e-2"]),
+        ("null 0.1 null", [None, 0.1, None]),
+    ):
+        parsed = pes.parameter_value(text)
+        assert parsed == value
+        assert [type(x) for x in parsed] == [type(x) for x in value]
+    for same in ("element Au and z < 10", "water", 3, "5"):
+        assert pes.parameter_value(same) == same
+    labels = {"charges.conserve": "fragments", "charges.fragments": pes.parameter_value("0 0 0 1 1 1")}
+    assert load_settings(overrides=labels).charges.fragments == (0, 0, 0, 1, 1, 1)
+    assert load_settings(overrides={"field": pes.parameter_value("0 0 1e-2")}).field == (0, 0, 0.01)
 
 
 WATER = """6

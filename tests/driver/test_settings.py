@@ -131,6 +131,9 @@ def test_paths_in_a_file_are_relative_to_the_file(tmp_path: Path) -> None:
         ("device: gpu\n", 1, ["device is 'gpu'", "cuda:n"]),
         ("output: {charges: maybe}\n", 1, ["output.charges is 'maybe'", "boolean"]),
         ("short_range: foo\n", 1, ["short_range is 'foo'", "pair, foundation"]),
+        ("model: water\nshort_range: none\n", 2, ["short_range cannot be combined with model water"]),
+        ("charges:\n  model: none\n  net_charge: 1\n", 3, ["charges.net_charge has no meaning with", "remove"]),
+        ("charges: {model: none}\ncoulomb: {accuracy: 1.0e-5}\n", 2, ["coulomb.accuracy has no meaning with"]),
         ("short_range: {pair: {}, foundation: qet:x}\n", 1, ["exactly one of pair and foundation"]),
         ("dispersion: {dampin: bj}\n", 1, ["unknown key dispersion.dampin", "dispersion.damping?"]),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 
 import pytest
@@ -137,6 +138,16 @@ def test_a_model_is_written_whole_or_not_at_all(own, tmp_path, monkeypatch):
     save_potential(path, build(), {"name": "again"})
     assert read_card(path) == {"name": "again"}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_who_may_read_a_model_is_up_to_the_umask(tmp_path):
+    for umask, mode in ((0o022, 0o644), (0o027, 0o640)):
+        before = os.umask(umask)
+        try:
+            save_potential(tmp_path / "m.safetensors", build(), {})
+        finally:
+            os.umask(before)
+        assert (tmp_path / "m.safetensors").stat().st_mode & 0o777 == mode
 
 
 def test_saving_to_a_missing_folder(tmp_path):

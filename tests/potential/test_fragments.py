@@ -54,8 +54,11 @@ def test_close_hydrogens_do_not_join_molecules(gap):
 
 
 def test_hydrogen_molecules_are_molecules():
-    atoms = Atoms("H4", [[0, 0, 0], [0.74, 0, 0], [0, 3, 0], [0.74, 3, 0]])
-    assert assign_fragments(Systems.from_atoms(atoms)).fragments.tolist() == [0, 0, 1, 1]
+    """Also where an oxygen is within the search distance of the list but not bonded."""
+    atoms = Atoms(
+        "H4OH2", [[0, 0, 0], [0.74, 0, 0], [0, 3, 0], [0.74, 3, 0], [2.6, 1, 0], [3.2, 1.7, 0], [3.2, 0.3, 0]]
+    )
+    assert assign_fragments(Systems.from_atoms(atoms)).fragments.tolist() == [0, 0, 1, 1, 2, 2, 2]
 
 
 def test_ions_keep_their_charge_apart_from_their_shell():

@@ -1,0 +1,108 @@
+"""Which field a run had, from what it left in its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from voltpi.analysis.fields import field_of
+from voltpi.potential.errors import InputError
+
+DIRECT = """<simulation><output prefix='run'/>
+<ffdirect name='voltpi'><pes>custom</pes><pes_path>pes.py</pes_path><parameters>{parameters}</parameters></ffdirect>
+</simulation>"""
+
+
+def settings(folder: Path, field: float | None, name: str = "settings.yaml") -> None:
+    (folder / name).write_text("model: water\n" + ("" if field is None else f"field: [{field}, 0, 0]\n"))
+
+
+def record(folder: Path, prefix: str = "run", **names: str) -> None:
+    (folder / f"{prefix}.run.json").write_text(json.dumps({"template": "start.xyz", "settings": names}))
+
+
+def direct(folder: Path, parameters: str, name: str = "input.xml") -> None:
+    (folder / name).write_text(DIRECT.format(parameters="{" + parameters + "}"))
+
+
+def along_x(folder: Path, output: str = "run.out") -> float:
+    x, y, z = field_of(folder, [folder / output])
+    assert (y, z) == (0.0, 0.0)
+    return float(x)
+
+
+def test_settings_beside_the_run(tmp_path: Path) -> None:
+    settings(tmp_path, 0.1)
+    assert along_x(tmp_path) == 0.1
+    settings(tmp_path, None)
+    assert along_x(tmp_path) == 0.0
+    assert field_of(tmp_path, [], [0, 0.3, 0]).tolist() == [0.0, 0.3, 0.0]
+
+
+def test_record_of_voltpi_run_comes_first(tmp_path: Path) -> None:
+    settings(tmp_path, 0.1)
+    (tmp_path / "elsewhere").mkdir()
+    settings(tmp_path / "elsewhere", 0.2, "other.yaml")
+    record(tmp_path, voltpi="elsewhere/other.yaml")
+    assert along_x(tmp_path) == 0.2
+
+
+def test_record_of_another_prefix_says_nothing(tmp_path: Path) -> None:
+    settings(tmp_path, 0.1)
+    settings(tmp_path, 0.2, "other.yaml")
+    record(tmp_path, "heating", voltpi="other.yaml")
+    assert along_x(tmp_path) == 0.1
+    record(tmp_path, "i-pi", voltpi="other.yaml")  # what an empty prefix leaves
+    assert along_x(tmp_path, "out") == 0.2
+
+
+def test_parameters_of_ffdirect_come_before_settings(tmp_path: Path) -> None:
+    settings(tmp_path, 0.1)
+    settings(tmp_path, 0.2, "other.yaml")
+    direct(tmp_path, "settings: settings.yaml, template: start.xyz, field: 0.05 0 0")
+    assert along_x(tmp_path) == 0.05
+    direct(tmp_path, "settings: other.yaml, template: start.xyz")
+    assert along_x(tmp_path) == 0.2
+    direct(tmp_path, "eps: 1.0, field: 7")  # another potential
+    assert along_x(tmp_path) == 0.1
+
+
+def test_disagreement_is_refused(tmp_path: Path) -> None:
+    settings(tmp_path, 0.1)
+    settings(tmp_path, 0.1, "settings-a.yaml")
+    assert along_x(tmp_path) == 0.1
+    settings(tmp_path, 0.2, "settings-a.yaml")
+    with pytest.raises(InputError, match=r"0\.1.* in .*settings\.yaml but .*0\.2.*settings-a\.yaml; give --field"):
+        along_x(tmp_path)
+    record(tmp_path, a="settings-a.yaml")
+    assert along_x(tmp_path) == 0.2
+    direct(tmp_path, "settings: settings.yaml, template: start.xyz")
+    with pytest.raises(InputError, match="give --field X Y Z"):
+        along_x(tmp_path)
+    assert field_of(tmp_path, [tmp_path / "run.out"], [0.3, 0, 0])[0] == 0.3
+
+
+def test_checkpoint_that_says_another_field(tmp_path: Path) -> None:
+    settings(tmp_path, 0.1)
+    direct(tmp_path, "settings: settings.yaml, template: start.xyz, field: 0.05 0 0")
+    direct(tmp_path, "settings: settings.yaml, template: start.xyz, field: 0.07 0 0", "RESTART")
+    with pytest.raises(InputError, match="RESTART"):
+        along_x(tmp_path)
+
+
+def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    record(tmp_path, voltpi="gone.yaml")
+    with pytest.raises(InputError, match=r"run\.run\.json: names the settings .*gone\.yaml"):
+        along_x(tmp_path)
+    (tmp_path / "run.run.json").write_text("{")
+    with pytest.raises(InputError, match=r"run\.run\.json: cannot be read"):
+        along_x(tmp_path)
+    (tmp_path / "run.run.json").unlink()
+    direct(tmp_path, "settings: gone.yaml, template: start.xyz")
+    with pytest.raises(InputError, match=r"input\.xml .*gone\.yaml"):
+        along_x(tmp_path)
+    direct(tmp_path, "settings: gone.yaml, template: start.xyz, field: from-frame")
+    with pytest.raises(InputError, match="give three numbers in V/Å"):
+        along_x(tmp_path)
