@@ -159,16 +159,16 @@ def test_beads_that_come_one_by_one_under_one_name_keep_their_own_start() -> Non
 
 def test_a_start_is_extrapolated_where_positions_go_on_and_nearest_where_they_jump() -> None:
     known = Solutions(most=6)
-    path = [np.full((1, 3), 1 + 0.1 * t + 0.02 * t**2) for t in range(5)]
+    path = [np.full((20, 3), 1 + 0.1 * t + 0.02 * t**2) for t in range(5)]
     for r in path[:4]:
         known.add(r, torch.tensor(2 * r))
         known.add(-r, torch.tensor(5 * r))  # another path, in between
     np.testing.assert_allclose(known.guess(path[4]), 2 * path[4], rtol=1e-12)
     np.testing.assert_allclose(known.guess(-path[4]), 5 * path[4], rtol=1e-12)
-    for far in range(9, 30):
-        known.add(np.full((1, 3), -(10.0**far)), torch.zeros(1, 3))
-    assert len(known._solutions) == 6  # bounded; the oldest are forgotten
-    assert float(known.guess(path[4]).abs().max()) == 0
+    np.testing.assert_allclose(known.guess(path[3] - 0.1), 2 * path[3], rtol=1e-12)  # it turned back
+    for far in np.random.default_rng(0).normal(scale=100, size=(7, 20, 3)):
+        known.add(far, torch.zeros(20, 3))
+    assert float(known.guess(path[4]).abs().max()) == 0  # the oldest have been forgotten
 
 
 @pytest.mark.parametrize("conserve", ["total", "fragments"])
