@@ -247,7 +247,6 @@ class CoulombState:
         # d = x_shell − x_core = Δ
         self.gradient[0] += (b1 * qs)[:, None] * self.shells
         self.gradient[1] -= (b1 * qc)[:, None] * self.shells
-        self.own_cs = b0
         # uniform background of the real-space part (k = 0)
         narrow, inverse = op.narrow, 1 / op.alpha
         q = (qc + qs) * narrow
