@@ -172,7 +172,7 @@ class _Structure:
         self.whole = whole_positions(system)
         self.charges_feel_field = model.response == "all"
         self.shell_coupling = 0.0 if model.response == "frozen" else 1.0
-        self.bound = model.shell_limit if model.limiter == "fene" else FREE_SHELL_BOUND
+        self.bound = model.shell_bound
         self.operator = CoulombOperator(
             system,
             table["alpha"],
@@ -307,6 +307,11 @@ class PQEq:
             check_parameters("charges.parameters", symbol, row)
 
     @property
+    def shell_bound(self) -> float:
+        """Å; no shell gets this far from its core and stays stable."""
+        return self.shell_limit if self.limiter == "fene" else FREE_SHELL_BOUND
+
+    @property
     def config(self) -> dict[str, Any]:
         """JSON-able arguments to build the same model again."""
         out = asdict(self)
@@ -418,12 +423,11 @@ class PQEq:
         length = point.shells.norm(dim=-1)
         atom = int(length.argmax())
         symbol = system.symbols[atom]
-        bound = self.shell_limit if self.limiter == "fene" else FREE_SHELL_BOUND
         if not math.isfinite(solution.residual):
             raise NotConvergedError(f"charges became NaN near atom {atom} ({symbol}): check the structure")
         if solution.converged:
             return
-        if self.limiter == "none" and (solution.negative_curvature or float(length[atom]) > 0.8 * bound):
+        if self.limiter == "none" and (solution.negative_curvature or float(length[atom]) > 0.8 * self.shell_bound):
             raise NoStablePointError(
                 f"no stable point for charges and shells: polarization catastrophe at atom {atom} ({symbol}), whose "
                 f"shell is {float(length[atom]):.2f} Å from its core; set charges.limiter to fene"

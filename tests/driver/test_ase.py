@@ -113,10 +113,11 @@ def test_the_dipole_is_minus_the_slope_of_the_energy_in_the_field_of_the_frame()
 def test_nothing_is_computed_twice_for_the_same_structure(monkeypatch: pytest.MonkeyPatch) -> None:
     atoms = water()
     atoms.calc = VoltPICalculator(SETTINGS)
-    atoms.get_potential_energy()
+    energy = atoms.get_potential_energy()
     monkeypatch.setattr(atoms.calc, "calculate", lambda *_: pytest.fail("computed again"))
-    atoms.get_forces()
-    atoms.get_stress()
+    assert atoms.get_forces().shape == (len(atoms), 3)
+    assert atoms.get_stress().shape == (6,)
+    assert atoms.get_potential_energy() == energy
 
 
 def test_another_structure_starts_anew() -> None:

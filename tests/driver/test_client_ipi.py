@@ -230,8 +230,8 @@ def test_a_server_that_comes_late_is_found(scratch):
 
     timer = threading.Timer(0.4, listen)
     timer.start()
-    with connect(address, wait=10):
-        pass
+    with connect(address, wait=10) as connected:
+        assert connected.getpeername() == address.path
     timer.join()
     server.close()
 

@@ -186,7 +186,9 @@ def test_contradictions_are_refused(tmp_path: Path, text: str, words: list[str])
 
 
 def test_displacement_and_field_in_different_directions_are_allowed(tmp_path: Path) -> None:
-    load_settings(write(tmp_path, "field: [0.1, 0, 0]\ndisplacement: [null, null, 0.1]\n"))
+    settings = load_settings(write(tmp_path, "field: [0.1, 0, 0]\ndisplacement: [null, null, 0.1]\n"))
+    assert settings.displacement is not None
+    assert list(settings.displacement) == [None, None, 0.1]
 
 
 @pytest.mark.parametrize(
