@@ -68,9 +68,10 @@ FITTED = {
     "H": ElementParameters(4.72484, 46.946, 1.0, 0.49957, 1338.1),
     "O": ElementParameters(23.954, 14.440, 1.0, 0.27665, 332.95),
 }
-"""Result of ``fit_charges`` from ``START`` on every 16th training frame.
+"""What the shipped model uses (only χ_O − χ_H matters for neutral molecules).
 
-Only χ_O − χ_H matters for neutral molecules.
+From ``fit_charges`` on every 16th training frame, with ``limiter: none`` and a prior a little weaker on η; a repeat ends at
+other values of the same quality, since η, R and K make up for one another.
 """
 START = [12.0, 3.0, 3.2, -0.5, -0.6, 5.9, 7.0]
 """χ_O − χ_H (eV) and the logarithms of η_O, η_H, R_O, R_H, K_O, K_H."""
