@@ -70,8 +70,8 @@ FITTED = {
 }
 """What the shipped model uses (only χ_O − χ_H matters for neutral molecules).
 
-From ``fit_charges`` on every 16th training frame with ``limiter: none`` and a slightly different prior; a repeat ends at
-other values of the same quality, since η, R and K make up for one another.
+From ``fit_charges`` on every 16th training frame with ``limiter: none`` and a slightly different prior; a repeat ends
+at other values of the same quality, since η, R and K make up for one another.
 """
 START = [12.0, 3.0, 3.2, -0.5, -0.6, 5.9, 7.0]
 """χ_O − χ_H (eV) and the logarithms of η_O, η_H, R_O, R_H, K_O, K_H."""
