@@ -9,7 +9,7 @@ from typing import Any
 
 from ase.data import atomic_numbers
 
-from voltpi.driver.settings import Settings, finite_number
+from voltpi.driver.settings import Settings, Taper, finite_number
 from voltpi.driver.settings_file import origin_of, read_yaml
 from voltpi.potential.errors import InputError
 from voltpi.potential.model import Potential
@@ -40,13 +40,15 @@ def build_potential(settings: Settings) -> Potential:
     device = choose_device(settings)
     if settings.has_model:
         return _from_checkpoint(settings, device)
-    if settings.charges.model == "none" and settings.dispersion is None:
+    if settings.charges.model == "none" and settings.dispersion is None and settings.short_range is None:
         raise settings.refusal(
             "charges.model",
             "there is nothing to compute: model, short_range, dispersion and charges.model are all none; set "
             "model: water or charges.model: pqeq",
         )
-    potential = Potential(charges=_charges(settings), dispersion=_dispersion(settings), precision=settings.precision)
+    potential = Potential(
+        _short_range(settings), _charges(settings), _dispersion(settings), precision=settings.precision
+    )
     return potential.to(device)
 
 
@@ -73,12 +75,11 @@ def _unavailable(s: Settings) -> Iterator[tuple[str, str]]:
     def no(key: str, value: str, instead: str) -> tuple[str, str]:
         return key, f"{key}: {value} is not available in this version; use {instead}"
 
-    if s.short_range is not None:
-        kind = "pair" if s.short_range.pair is not None else "foundation"
-        yield no("short_range", kind, "model: NAME (a trained short range) or short_range: none")
+    if s.short_range is not None and s.short_range.foundation is not None:
+        yield no("short_range", "foundation", "model: NAME (a trained short range) or short_range: pair")
     if s.charges.model not in ("pqeq", "qeq", "none"):
         yield no("charges.model", s.charges.model, "pqeq, qeq or none")
-    if s.coulomb.method in ("pme", "taper"):
+    if s.coulomb.method == "pme":
         yield no("coulomb.method", s.coulomb.method, "auto (direct or ewald)")
     if s.coulomb.boundary.startswith(("slab", "finite-field")):
         yield no("coulomb.boundary", s.coulomb.boundary, "periodic (with vacuum) or open")
@@ -86,10 +87,70 @@ def _unavailable(s: Settings) -> Iterator[tuple[str, str]]:
         yield no("displacement", "a constant D", "field (V/Å)")
     if s.electrodes:
         yield no("electrodes", "a potential or charge on electrodes", "field (V/Å) without electrodes")
+    if s.coulomb.method == "taper":
+        yield from _not_tapered(s)
+
+
+def _not_tapered(s: Settings) -> Iterator[tuple[str, str]]:
+    """Pairs (key, sentence) for settings that the tapered sum with its fixed number of iterations does not have."""
+    given = s.given()
+    for key, instead in (
+        ("charges.limiter", "coulomb.taper.clamp bounds the shells"),
+        ("charges.shell_limit", "coulomb.taper.clamp bounds the shells"),
+        ("coulomb.accuracy", "coulomb.taper.cutoff ends the sum"),
+    ):
+        if key in given:
+            yield key, f"{key} has no meaning with coulomb.method: taper, where {instead}; remove one of the two"
+    if s.charges.conserve != "total":
+        yield (
+            "charges.conserve",
+            f"charges.conserve: {s.charges.conserve} is not available with coulomb.method: taper; use total, or "
+            "coulomb.method: auto",
+        )
+    for key in ("born_charges", "polarizability"):
+        if getattr(s.output, key):
+            yield (
+                f"output.{key}",
+                f"output.{key} needs stationary charges, which coulomb.method: taper stops short of; use auto",
+            )
+
+
+def _short_range(settings: Settings) -> Any:
+    """The pair potential, or None. Raises InputError that names the kind and pair whose parameters cannot be."""
+    if settings.short_range is None or settings.short_range.pair is None:
+        return None
+    from voltpi.potential.shortrange.pair import (
+        ZBL,
+        BMHParameters,
+        BornMayerHuggins,
+        LennardJones,
+        LJParameters,
+        PairPotential,
+        read_set,
+    )
+
+    p = settings.short_range.pair
+    terms: list[BornMayerHuggins | LennardJones | ZBL] = []
+    if p.set is not None:
+        terms.append(BornMayerHuggins(read_set(p.set)))
+    for kind in ("born_mayer_huggins", "buckingham", "born_mayer", "lennard_jones"):
+        rows = {name: row.model_dump() for name, row in getattr(p, kind).items()}
+        try:
+            if rows and kind == "lennard_jones":
+                terms.append(LennardJones({name: LJParameters(**row) for name, row in rows.items()}, p.mixing))
+            elif rows:
+                terms.append(BornMayerHuggins({name: BMHParameters(**row) for name, row in rows.items()}))
+        except InputError as error:
+            key = f"short_range.pair.{kind}"
+            raise settings.refusal(key, f"{key}: {error}") from None
+    if p.zbl:
+        terms.append(ZBL())
+    return PairPotential(terms, p.cutoff)
 
 
 def _charges(settings: Settings) -> Any:
     from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT, PQEq
+    from voltpi.potential.electrostatics.taper import TaperedPQEq
 
     c = settings.charges
     if c.model == "none":
@@ -97,7 +158,17 @@ def _charges(settings: Settings) -> Any:
     table = _parameters(c.parameters)
     if c.model == "qeq":
         table = {symbol: row._replace(Z=0.0) for symbol, row in table.items()}
-    constant = settings.coulomb.coulomb_constant
+    constant = COULOMB_CONSTANT if settings.coulomb.coulomb_constant == "codata" else settings.coulomb.coulomb_constant
+    if settings.coulomb.method == "taper":
+        t = settings.coulomb.taper or Taper()
+        return TaperedPQEq(
+            parameters=table,
+            response=c.response,
+            cutoff=t.cutoff,
+            iterations=t.iterations,
+            clamp=t.clamp,
+            coulomb_constant=constant,
+        )
     return PQEq(
         parameters=table,
         conserve=c.conserve,
@@ -105,7 +176,7 @@ def _charges(settings: Settings) -> Any:
         limiter=c.limiter,
         shell_limit=c.shell_limit,
         accuracy=settings.coulomb.accuracy,
-        coulomb_constant=COULOMB_CONSTANT if constant == "codata" else float(constant),
+        coulomb_constant=constant,
         tolerance=_TOLERANCE.get(settings.precision, PQEq.tolerance),
     )
 
@@ -179,6 +250,8 @@ def _from_checkpoint(settings: Settings, device: str) -> Potential:
         raise contradiction("charges.carried", "charges.response: all, where every charge feels the field")
     if given.get("charges.parameters", "default") != "default":
         raise contradiction("charges.parameters", "its own parameters")
+    if given.get("coulomb.method") == "taper":
+        raise contradiction("coulomb.method", "the whole Coulomb sum")
     if "charges.model" in given and given["charges.model"] != _charge_model(charges):
         raise contradiction("charges.model", _charge_model(charges))
     for key, attribute in _TRAINED.items():

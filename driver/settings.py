@@ -37,6 +37,7 @@ __all__ = [
     "Dispersion",
     "Electrode",
     "Output",
+    "Pair",
     "Settings",
     "ShortRange",
     "Taper",
@@ -80,10 +81,75 @@ def _optional_part(part: type[_Part], value: Any) -> _Part | None:
     return part.model_validate(value)
 
 
+class _Row(_Strict):
+    """Parameters of one element or pair; it names its own keys, as what is above it is named by elements."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_names(cls, value: Any) -> Any:
+        names = ", ".join(cls.model_fields)
+        if not isinstance(value, dict):
+            raise ValueError(f"expected a mapping with the keys {names}")
+        for key in value:
+            if key not in cls.model_fields:
+                raise ValueError(f"unknown key {key}; the keys here are {names}")
+        return value
+
+
+class BornMayer(_Row):
+    """A exp(−r/rho): eV, Å."""
+
+    A: Number
+    rho: Number
+
+
+class Buckingham(BornMayer):
+    """A exp(−r/rho) − C/r⁶: eV, Å, eV Å⁶."""
+
+    C: Number
+
+
+class BornMayerHuggins(BornMayer):
+    """A exp((sigma − r)/rho) − C/r⁶ − D/r⁸: eV, Å, eV Å⁶, eV Å⁸."""
+
+    sigma: Number
+    C: Number
+    D: Number
+
+
+class LennardJones(_Row):
+    """4 epsilon ((sigma/r)¹² − (sigma/r)⁶): eV, Å."""
+
+    epsilon: Number
+    sigma: Number
+
+
+class Pair(_Strict):
+    """Pair potentials, which add up; pairs are named like ``Na-Cl``, elements (``lennard_jones`` only) like ``O``."""
+
+    set: Literal["nacl", "licl", "kcl"] | None = None
+    born_mayer_huggins: dict[str, BornMayerHuggins] = {}
+    buckingham: dict[str, Buckingham] = {}
+    born_mayer: dict[str, BornMayer] = {}
+    lennard_jones: dict[str, LennardJones] = {}
+    mixing: Literal["lorentz-berthelot", "geometric"] = "lorentz-berthelot"
+    zbl: bool = False
+    cutoff: Annotated[Number, Field(gt=0)] = 10.0
+
+    @model_validator(mode="after")
+    def _some(self) -> Pair:
+        kinds = ("set", "born_mayer_huggins", "buckingham", "born_mayer", "lennard_jones", "zbl")
+        if not any(getattr(self, kind) for kind in kinds):
+            raise PydanticCustomError("contradiction", f"give at least one of {', '.join(kinds)}, such as zbl: true")
+        if "mixing" in self.model_fields_set and not self.lennard_jones:
+            raise PydanticCustomError("contradiction", "mixing belongs to lennard_jones; give that or remove mixing")
+        return self
+
+
 class ShortRange(_Strict):
     """The short-range energy where no ``model`` brings one: exactly one of the two."""
 
-    pair: dict[str, Any] | None = None
+    pair: Pair | None = None
     foundation: str | None = None
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -72,8 +72,10 @@ class Potential:
         self.reference_energies = dict(reference_energies or {})
         self.precision = precision
         self.device = torch.device("cpu")
+        # a pair potential keeps float64 at any precision
+        self._dtype = getattr(short_range, "dtype", torch.float64 if precision == "double" else torch.float32)
         if isinstance(short_range, torch.nn.Module):
-            short_range.to(torch.float64 if precision == "double" else torch.float32).eval()
+            short_range.to(self._dtype).eval()
             short_range.requires_grad_(False)
         self._pairs = None if short_range is None else NeighborCache(short_range.cutoff)
 
@@ -101,7 +103,7 @@ class Potential:
             systems = assign_fragments(systems, labels=labels, initial_charges=initial_charges)
         if self.charges.response != "all" and systems.carried is None:
             free = systems.replace(field=torch.zeros_like(systems.field))
-            carried = torch.cat([self.charges.solve(s).charges for s in free.split()])
+            carried = self.charges.solve(free).charges
             systems = systems.replace(carried=carried)
         if systems.carried is not None:
             _check_carried(systems)
@@ -136,21 +138,16 @@ class Potential:
         if self.dispersion is not None:
             energy, f, w = self.dispersion(systems)
             terms["dispersion"], forces, virial = energy, forces + f, virial + w
-        solutions = self._solve(systems, start, born_charges, polarizability)
+        solved = self._solve(systems, start, born_charges, polarizability)
         n, b = systems.n_atoms, systems.n_systems
         charges, shells = forces.new_zeros(n), forces.new_zeros(n, 3)
         dipole, residual = forces.new_zeros(b, 3), forces.new_zeros(b)
         iterations = torch.zeros(b, dtype=torch.int64, device=self.device)
-        if solutions:
-            for name in solutions[0].terms:
-                terms[name] = torch.stack([s.terms[name] for s in solutions])
-            forces = forces + torch.cat([s.forces for s in solutions])
-            virial = virial + torch.stack([s.virial for s in solutions])
-            charges = torch.cat([s.charges for s in solutions])
-            shells = torch.cat([s.shells for s in solutions])
-            dipole = torch.stack([s.dipole for s in solutions])
-            residual = torch.tensor([s.residual for s in solutions], dtype=torch.float64, device=self.device)
-            iterations = torch.tensor([s.iterations for s in solutions], device=self.device)
+        if solved is not None:
+            terms.update(solved.terms)
+            forces, virial = forces + solved.forces, virial + solved.virial
+            charges, shells, dipole = solved.charges, solved.shells, solved.dipole
+            residual, iterations = solved.residual, solved.iterations
         return Response(
             energy=torch.stack(list(terms.values())).sum(0),
             forces=forces,
@@ -161,8 +158,8 @@ class Potential:
             energy_terms=terms,
             residual=residual,
             iterations=iterations,
-            born_charges=_collect(solutions, "born_charges", torch.cat) if born_charges else None,
-            polarizability=_collect(solutions, "polarizability", torch.stack) if polarizability else None,
+            born_charges=None if solved is None else solved.born_charges,
+            polarizability=None if solved is None else solved.polarizability,
         )
 
     def _references(self, systems: Systems) -> Tensor:
@@ -181,27 +178,20 @@ class Potential:
 
     def _solve(
         self, systems: Systems, start: Response | None, born_charges: bool, polarizability: bool
-    ) -> list[PQEqSolution]:
+    ) -> PQEqSolution | None:
         if self.charges is None:
             if born_charges or polarizability:
                 raise InputError("output.born_charges and output.polarizability need charges: set charges.model")
-            return []
-        counts = systems.counts()
-        guesses: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(counts)
+            return None
+        guess = None
         if start is not None and len(start.charges) == systems.n_atoms:
-            guesses = list(zip(start.charges.split(counts), start.shells.split(counts), strict=True))
-        solutions = []
-        for system, guess in zip(systems.split(), guesses, strict=True):
-            solutions.append(
-                self.charges.solve(system, start=guess, born_charges=born_charges, polarizability=polarizability)
-            )
-        return solutions
+            guess = (start.charges, start.shells)
+        return self.charges.solve(systems, start=guess, born_charges=born_charges, polarizability=polarizability)
 
     def _short_range(self, systems: Systems) -> tuple[Tensor, Tensor, Tensor]:
         assert self._pairs is not None
         pairs = self._pairs(systems)
-        dtype = torch.float64 if self.precision == "double" else torch.float32
-        vectors = pairs.vectors.to(dtype).requires_grad_(True)
+        vectors = pairs.vectors.to(self._dtype).detach().requires_grad_(True)
         with torch.enable_grad():
             atomic = self.short_range(systems.numbers, pairs.index, vectors)
             (gradient,) = torch.autograd.grad(atomic.sum(), vectors, allow_unused=True)
@@ -229,7 +219,3 @@ def _check_carried(systems: Systems) -> None:
             f"charges.carried add up to {float(sums[b]):g} e but charges.net_charge is "
             f"{float(systems.net_charge[b]):g} e: make them equal"
         )
-
-
-def _collect(solutions: list[PQEqSolution], name: str, join: Any) -> Tensor:
-    return join([getattr(s, name) for s in solutions])

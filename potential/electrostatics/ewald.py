@@ -4,18 +4,15 @@ Every atom i has a core of charge Q_c at r_i and a shell of charge Q_s at r_i + 
 ∝ exp(−α_i r²). Two Gaussians interact through k_e erf(α_ij r)/r, α_ij² = α_i α_j/(α_i + α_j); the core and the shell
 of one atom in the same image do not interact, their periodic images do.
 
-Periodic sums are the exact sum over k ≠ 0 of the true densities (tin-foil boundary, uniform background where
-the cell is charged), split with one inverse length β:
+Boundaries follow from the periodic directions of the structure: all (the sum over k ≠ 0 of the true densities:
+tin-foil, uniform background where the cell is charged), two (a slab: the sum over in-plane images alone, whatever the
+cell is along the third direction), none (a cluster). Clusters up to ``DIRECT_BELOW`` atoms are summed pair by pair;
+everything else is particle-mesh Ewald (:mod:`voltpi.potential.electrostatics.mesh`) at a cost that grows like the
+number of atoms, with pairs in real space only where two Gaussians are both too sharp for the mesh. PQEq's Gaussians
+are wide: LiPON, oxides and salts need no real space at all. Splitting, mesh and cutoff follow from the requested
+relative force error and from measured costs (:func:`choose_splitting`).
 
-    narrow–narrow (α > β²):  [erf(α_ij r) − erf(β r)]/r in real space, exp(−k²/4β²) in reciprocal space
-    anything with a wide Gaussian (α ≤ β²):  reciprocal space alone, with its own form factors exp(−k²/4α_i − k²/4α_j),
-                                             which decays at least as fast
-
-so that a very wide Gaussian costs no long real-space sum. In reciprocal space an atom belongs to one or two of three
-channels (narrow split, narrow true, wide) whose structure factors mix by ``_MIX``. Both sums end in a C² switch over
-their last tenth: energy, forces and virial are derivatives of one smooth function at any accuracy.
-
-A plain Ewald sum: O(N^1.5); pair blocks [p, 4, 4] and phases [N, n_k] are kept per geometry.
+Structures of a batch that share cell and boundary (ring-polymer beads) share kernels and transforms.
 """
 
 from __future__ import annotations
@@ -23,71 +20,154 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from ase.geometry import minkowski_reduce
 from torch import Tensor
 
-from voltpi.potential.electrostatics.gaussians import erf_kernel, smooth_switch, switched
+from voltpi.potential.electrostatics.gaussians import erf_kernel
+from voltpi.potential.electrostatics.mesh import Mesh, MeshBox, Sites, make_sites, mesh_shape
+from voltpi.potential.electrostatics.pairs import SWITCH_WIDTH, Pairs, PairState
+from voltpi.potential.electrostatics.window import Resolution, resolutions
+from voltpi.potential.errors import InputError
 from voltpi.potential.neighbors import neighbor_list
 from voltpi.potential.systems import Systems
 
-__all__ = ["CoulombOperator", "CoulombState", "Splitting", "choose_splitting"]
+__all__ = [
+    "DIRECT_BELOW",
+    "CoulombOperator",
+    "CoulombState",
+    "KernelCache",
+    "LongWaves",
+    "Splitting",
+    "choose_splitting",
+]
 
-_SWITCH_WIDTH = 0.1  # share of the cutoff over which a sum is switched off
-_MIX = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
-_REAL_OVER_RECIPROCAL_COST = 8.0  # measured on a CPU: one pair kernel against one site · wave vector
+DIRECT_BELOW = 1000
+"""Atoms; a larger cluster is summed on a mesh."""
+
+# measured on one CPU core, ns per application: an atom and a window point, a mesh point (times log2), a pair
+_COST_WINDOW, _COST_MESH, _COST_PAIR = 2.0, 0.75, 50.0
+_CACHED_KERNELS = 8
 
 
 class Splitting(NamedTuple):
-    """β (1/Å), real-space cutoff (Å) and reciprocal cutoff (1/Å) of one sum."""
+    """β (1/Å; infinite: all on the mesh), real-space cutoff (Å), the window and its spacing (Å)."""
 
     beta: float
     cutoff: float
-    k_max: float
+    window: Resolution
+    spacing: float
 
 
-def choose_splitting(n_atoms: int, volume: float, alpha: Tensor, accuracy: float) -> Splitting:
-    """Splitting that balances the two sums for a requested relative force error.
+class _Box(NamedTuple):
+    """Edges (Å, rows) of the periodic directions and the extent of the atoms along the open ones, without tails."""
 
-    β is rounded to a coarse grid, so that it stays what it is for small strains and for replicas. Where a cell crosses
-    from one β to the next the energy changes by the error of the sum (5e-9 eV/atom at an accuracy of 1e-6).
-    """
-    decay = math.sqrt(-math.log(0.2 * accuracy))
-    ideal = math.sqrt(math.pi) * (_REAL_OVER_RECIPROCAL_COST * n_atoms / volume**2) ** (1 / 6)
-    beta = 2 ** (round(4 * math.log2(ideal)) / 4)
-    narrow = alpha[alpha > beta**2]
-    slowest = beta if narrow.numel() == 0 else min(beta, math.sqrt(0.5 * float(narrow.min())))
-    widen = 1 / (1 - 0.5 * _SWITCH_WIDTH)
-    cutoff = widen * decay / slowest if narrow.numel() else 0.0
-    return Splitting(beta, cutoff, widen * 2 * beta * decay)
+    cell: Tensor
+    boundary: str
+    extent: tuple[float, float, float]
 
 
-class _Pairs(NamedTuple):
-    """Pairs of atoms in real space, each once."""
-
-    index: Tensor  # [2, p]
-    vectors: Tensor  # [p, 3] Å, core to core
-    exponent: Tensor  # [p] Å⁻², α_ij²
-
-
-class _Reciprocal(NamedTuple):
-    """Wave vectors (half space) with their weights, and the channels of the atoms."""
-
-    vectors: Tensor  # [k, 3] 1/Å
-    weight: Tensor  # [k] eV Å^0 / e²: 2 · 4π k_e/(V k²) · switch
-    slope: Tensor  # [k] d weight/d k², volume held
-    channels: list[tuple[int, Tensor, Tensor]]  # channel, atoms [n], width a [n]: form factor exp(−a k²)
+def split_pairs(inverse: Tensor, beta: float) -> Tensor:
+    """[c, c] bool: pairs of widths (1/α, Å²) that are sharper together than the splitting."""
+    return (
+        inverse[:, None] + inverse < 1 / beta**2
+        if math.isfinite(beta)
+        else torch.zeros(len(inverse), len(inverse), dtype=torch.bool)
+    )
 
 
-class CoulombOperator:
-    """Interaction of the cores and shells of one structure, built once per geometry.
+def choose_splitting(
+    box: _Box, inverse: Tensor, counts: Tensor, accuracy: float, *, mesh_only: bool = False
+) -> Splitting:
+    """The cheapest of all splittings that give the requested relative force error.
 
     Parameters
     ----------
-    system : one structure (a Systems with b = 1), periodic in all directions or in none
-    alpha : [N], Å⁻², Gaussian exponents
-    shell_charge : [N], e, charge of the shell (−Z)
-    accuracy : relative force error of a periodic sum
+    inverse, counts : [c], 1/α (Å²) of the widths present, and atoms of each
+    mesh_only : no pairs in real space
+
+    β is taken from a coarse grid, so that it stays what it is for small strains and for replicas. Where a cell crosses
+    from one β to the next the energy changes by the error of the sum.
+    """
+    decay = math.sqrt(-math.log(0.2 * accuracy))
+    best, splitting = math.inf, None
+    atoms = float(counts.sum())
+    lengths = [float(v) for v in box.cell.norm(dim=1)]
+    density = atoms / float(torch.linalg.det(box.cell).abs())
+    together = inverse[:, None] + inverse
+    for beta in [math.inf] if mesh_only else [math.inf, *(2 ** (j / 4) for j in range(-14, 9))]:
+        split = split_pairs(inverse, beta)
+        if math.isfinite(beta) and not bool(split.any()):
+            continue
+        sharpest = 1 / math.sqrt(float(together.min())) if math.isinf(beta) else beta
+        widest = 1 / math.sqrt(float(together[~split].max())) if not bool(split.all()) else beta
+        merged = split.all(1)
+        channels = int((~merged).sum()) + int(merged.any())
+        cutoff = decay / beta / (1 - 0.5 * SWITCH_WIDTH) if math.isfinite(beta) else 0.0
+        pairs = 0.5 * float((split * counts[:, None] * counts).sum()) / atoms * density * 4.19 * cutoff**3
+        for window in resolutions(accuracy):
+            spacing = window.spacing / sharpest
+            shape = mesh_shape(_edges(box, lengths, decay / min(widest, beta)), spacing)
+            points = math.prod(shape) * channels
+            cost = _COST_WINDOW * atoms * window.support**3 + _COST_MESH * points * math.log2(math.prod(shape))
+            cost += _COST_PAIR * pairs
+            if cost < best:
+                best, splitting = cost, Splitting(beta, cutoff, window, spacing)
+    assert splitting is not None
+    return splitting
+
+
+def _edges(box: _Box, lengths: list[float], tail: float) -> list[float]:
+    """Edges of the mesh box (Å): along open directions, atoms and tails and the room that no image reaches."""
+    if box.boundary == "periodic":
+        return lengths
+    if box.boundary == "slab":
+        return [lengths[0], lengths[1], 2 * (box.extent[2] + tail)]
+    across = math.sqrt(sum(e * e for e in box.extent)) + tail
+    return [e + tail + across for e in box.extent]
+
+
+class KernelCache:
+    """Kernels of the latest few boxes: they stay the same from step to step in a fixed cell."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[object, ...], Mesh] = {}
+
+    def __call__(
+        self,
+        box: MeshBox,
+        inverse: Tensor,
+        split: Tensor,
+        beta: float,
+        k_e: float,
+        window: Resolution,
+        dtype: torch.dtype,
+    ) -> Mesh:
+        """The mesh for these arguments of :class:`~voltpi.potential.electrostatics.mesh.Mesh`."""
+        arrays = (box.cell, box.origin, inverse, split)
+        key = (*(a.cpu().numpy().tobytes() for a in arrays), *box[2:], beta, k_e, window, dtype, str(inverse.device))
+        mesh = self._kept.pop(key, None) or Mesh(box, inverse, split, beta, k_e, window, dtype)
+        self._kept[key] = mesh
+        while len(self._kept) > _CACHED_KERNELS:
+            del self._kept[next(iter(self._kept))]
+        return mesh
+
+
+class CoulombOperator:
+    """Interaction of the cores and shells of a batch of structures, built once per geometry.
+
+    Parameters
+    ----------
+    system : structures periodic in all, two or none of their directions
+    alpha : [n], Å⁻², Gaussian exponents
+    shell_charge : [n], e, charge of the shell (−Z)
+    accuracy : relative force error of a sum that is not direct
     k_e : Coulomb constant, eV Å/e²
+    cache : kernels to use again
+    rough : no pairs in real space and float32 on the mesh, for second derivatives that only steer a solver
+
+    Raises InputError for a structure that is periodic in one direction only.
     """
 
     def __init__(
@@ -98,89 +178,332 @@ class CoulombOperator:
         *,
         accuracy: float,
         k_e: float,
+        cache: KernelCache | None = None,
+        rough: bool = False,
     ) -> None:
+        self.dtype = torch.float32 if rough else torch.float64
+        self.mesh_only = rough
         self.system = system
-        self.positions = system.positions
         self.alpha = alpha
         self.shell_charge = shell_charge
         self.k_e = k_e
-        self.periodic = bool(system.pbc.all())
-        self.volume = float(torch.linalg.det(system.cell[0]).abs()) if self.periodic else math.inf
-        if self.periodic:
-            self.splitting = choose_splitting(system.n_atoms, self.volume, alpha, accuracy)
-            self.narrow = narrow = alpha > self.splitting.beta**2
-            self.self_exponent = torch.where(narrow, torch.full_like(alpha, self.splitting.beta**2), 0.5 * alpha)
-            self.reciprocal = self._reciprocal(system.cell[0])
-            self.core_phases = self._phases(self.positions)
+        cache = cache or KernelCache()
+        direct: list[int] = []
+        groups: dict[bytes, list[int]] = {}
+        counts, periodic = system.counts(), system.pbc.sum(1).tolist()
+        rows = torch.cat([system.cell.reshape(-1, 9), system.pbc.to(torch.float64)], dim=1).cpu().numpy()
+        for b, directions in enumerate(periodic):
+            if directions == 1:
+                raise InputError(
+                    "the structure is periodic in one direction only: coulomb.boundary open, slab-x/y/z and periodic "
+                    "are available; set pbc to two or three directions (with vacuum), or to F F F"
+                )
+            if directions == 0 and counts[b] <= DIRECT_BELOW:
+                direct.append(b)
+            else:
+                groups.setdefault(rows[b].tobytes() if directions else b"%d" % b, []).append(b)
+        self.meshes = [_MeshSum(self, members, accuracy, cache) for members in groups.values()]
+        self._direct = self._direct_pairs(direct, counts) if direct else []
         self._reach = 0.0
-        self._pairs: _Pairs | None = None
-
-    def pairs(self, shells: Tensor) -> _Pairs:
-        """Pairs that interact in real space when shells are displaced by ``shells`` [N, 3]."""
-        farthest = float(shells.norm(dim=-1).max())
-        if self._pairs is None or (self.periodic and farthest > self._reach):
-            self._reach = max(0.1, 1.5 * farthest)
-            self._pairs = self._build_pairs()
-        return self._pairs
-
-    def _build_pairs(self) -> _Pairs:
-        if self.periodic:
-            found = neighbor_list(self.system, max(self.splitting.cutoff, 0.1) + 2 * self._reach, half=True)
-            both = self.narrow[found.index[0]] & self.narrow[found.index[1]]
-            index, vectors = found.index[:, both], found.vectors[both]
-        else:
-            index = torch.triu_indices(self.n_atoms, self.n_atoms, offset=1, device=self.positions.device)
-            vectors = self.positions[index[1]] - self.positions[index[0]]
-        i, j = index
-        return _Pairs(index, vectors, self.alpha[i] * self.alpha[j] / (self.alpha[i] + self.alpha[j]))
+        self._pairs: list[Pairs] = []
 
     @property
     def n_atoms(self) -> int:
-        """Atoms of the structure."""
-        return self.positions.shape[0]
+        """Atoms of the batch."""
+        return self.system.n_atoms
 
-    def _reciprocal(self, cell: Tensor) -> _Reciprocal:
-        k_max = self.splitting.k_max
-        basis = 2 * math.pi * torch.linalg.inv(cell).T  # rows are reciprocal vectors
-        reach = (torch.linalg.norm(cell, dim=1) * k_max / (2 * math.pi)).ceil().to(torch.int64).tolist()
-        axes = [torch.arange(-n, n + 1, dtype=torch.float64, device=cell.device) for n in reach]
-        n = torch.cartesian_prod(*axes)
-        half = (n[:, 0] > 0) | ((n[:, 0] == 0) & ((n[:, 1] > 0) | ((n[:, 1] == 0) & (n[:, 2] > 0))))
-        k = n[half] @ basis
-        k2 = k.square().sum(-1)
-        k, k2 = k[k2 < k_max**2], k2[k2 < k_max**2]
-        switch, slope, _ = smooth_switch(k2, ((1 - _SWITCH_WIDTH) * k_max) ** 2, k_max**2)
-        channels: list[tuple[int, Tensor, Tensor]] = []
-        inside, outside = self.narrow.nonzero()[:, 0], (~self.narrow).nonzero()[:, 0]
-        if inside.numel():
-            split = torch.full_like(self.alpha[inside], 1 / (8 * self.splitting.beta**2))
-            channels.append((0, inside, split))
-        if outside.numel():
-            if inside.numel():
-                channels.append((1, inside, 1 / (4 * self.alpha[inside])))
-            channels.append((2, outside, 1 / (4 * self.alpha[outside])))
-        bare = 8 * math.pi * self.k_e / (self.volume * k2)
-        return _Reciprocal(
-            vectors=k,
-            weight=bare * switch,
-            slope=bare * (slope - switch / k2),
-            channels=channels,
-        )
+    def _direct_pairs(self, members: list[int], counts: list[int]) -> list[Pairs]:
+        device = self.alpha.device
+        first = np.concatenate([[0], np.cumsum(counts)])
+        found = [torch.triu_indices(counts[b], counts[b], offset=1, device=device) + int(first[b]) for b in members]
+        index = torch.cat(found, dim=1)
+        vectors = self.system.positions[index[1]] - self.system.positions[index[0]]
+        return [Pairs(index, vectors, self._exponent(index), self.system.batch[index[0]], 0.0, math.inf)]
 
-    def _phases(self, points: Tensor) -> list[Tensor]:
-        """exp(i k·x) times the form factor, [n, k] complex, for every channel."""
-        k = self.reciprocal.vectors
-        k2 = k.square().sum(-1)
-        phases = torch.exp(1j * (points @ k.T))
-        split = torch.exp(-k2 / (8 * self.splitting.beta**2))
-        return [
-            phases[atoms] * (split if channel == 0 else torch.exp(-torch.outer(width, k2)))
-            for channel, atoms, width in self.reciprocal.channels
-        ]
+    def _exponent(self, index: Tensor) -> Tensor:
+        a, b = self.alpha[index[0]], self.alpha[index[1]]
+        return a * b / (a + b)
+
+    def pairs(self, shells: Tensor) -> list[Pairs]:
+        """Pairs that interact in real space when shells are displaced by ``shells`` [n, 3]."""
+        if any(mesh.has_pairs for mesh in self.meshes):
+            farthest = float(shells.norm(dim=-1).max())
+            if not self._pairs or farthest > self._reach:
+                self._reach = max(0.1, 1.5 * farthest)
+                self._pairs = [mesh.pairs(self._reach) for mesh in self.meshes if mesh.has_pairs]
+        return self._direct + self._pairs
 
     def at(self, charges: Tensor, shells: Tensor) -> CoulombState:
-        """The operator at charges q [N] (core + shell) and shell displacements [N, 3]."""
+        """The operator at charges q [n] (core + shell) and shell displacements [n, 3]."""
         return CoulombState(self, charges, shells)
+
+
+class _MeshSum:
+    """The mesh of structures that share cell and boundary, and their place in the batch."""
+
+    def __init__(self, operator: CoulombOperator, members: list[int], accuracy: float, cache: KernelCache) -> None:
+        self.operator, self.members = operator, members
+        system, device = operator.system, operator.alpha.device
+        order = torch.full((system.n_systems,), -1, dtype=torch.int64, device=device)
+        order[members] = torch.arange(len(members), device=device)
+        everything = len(members) == system.n_systems
+        self.atoms = (
+            torch.arange(system.n_atoms, device=device) if everything else (order[system.batch] >= 0).nonzero()[:, 0]
+        )
+        self.replica = order[system.batch[self.atoms]]
+        self.positions = system.positions[self.atoms]
+        alpha = operator.alpha[self.atoms]
+        inverse, self.kind = torch.unique(1 / alpha, return_inverse=True)
+        box = self._box(system.cell[members[0]], system.pbc[members[0]].tolist())
+        counts = torch.bincount(self.kind, minlength=len(inverse)).cpu() / len(members)
+        self.splitting = s = choose_splitting(box, inverse.cpu(), counts, accuracy, mesh_only=operator.mesh_only)
+        self.split = split_pairs(inverse.cpu(), s.beta).to(device)
+        self.inverse = inverse
+        self.has_pairs = bool(self.split.any())
+        # 1/(own pair's β)², with which the mesh counts an atom's charge with itself
+        diagonal = torch.where(self.split.diagonal(), 1 / s.beta**2, 2 * inverse)
+        self.own_exponent = 1 / torch.maximum(diagonal, 2 * inverse)[self.kind]
+        # widths that only ever meet the splitting width share a channel
+        merged = self.split.all(1)
+        rest = (~merged).nonzero()[:, 0]
+        with_merged = bool(merged.any())
+        channel = torch.zeros(len(inverse), dtype=torch.int64, device=device)
+        channel[rest] = torch.arange(len(rest), device=device) + with_merged
+        chosen = torch.cat([merged.nonzero()[:1, 0], rest])
+        widths, split = inverse[chosen], self.split[chosen][:, chosen]
+        if with_merged and len(chosen) == 1:  # the plain Ewald sum: one channel with the splitting's width
+            widths, split = torch.full_like(widths, 0.5 / s.beta**2), torch.zeros_like(split)
+        elif with_merged:
+            widths = torch.cat([torch.zeros_like(widths[:1]), widths[1:]])
+        self.channels = len(chosen)
+        self.mesh = cache(
+            self._mesh_box(box, accuracy, s.spacing), widths, split, s.beta, operator.k_e, s.window, operator.dtype
+        )
+        self.boundary = box.boundary
+        self._where, self._accuracy = box, accuracy
+        self.volume = float(torch.linalg.det(system.cell[members[0]]).abs()) if box.boundary == "periodic" else math.inf
+        self.slot = self.replica * self.channels + channel[self.kind]
+        self.core = self.sites(self.positions)
+
+    def _box(self, cell: Tensor, pbc: list[bool]) -> _Box:
+        rows, directions = cell.cpu().numpy(), [d for d in range(3) if pbc[d]]
+        margin = 0.5  # Å, room for shells
+        if len(directions) == 3:
+            return _Box(torch.from_numpy(np.array(minkowski_reduce(rows)[0])).to(cell), "periodic", (0.0, 0.0, 0.0))
+        if len(directions) == 2:
+            flat = rows[directions]
+            normal = np.cross(*flat)
+            normal /= np.linalg.norm(normal)
+            full = np.array(minkowski_reduce(np.stack([*flat, normal]), pbc=(True, True, False))[0])
+            normal_t = torch.from_numpy(normal).to(cell)
+            height = self._spans((self.positions @ normal_t)[:, None])[0]
+            edges = torch.from_numpy(np.stack([full[0], full[1], normal * (height + margin)])).to(cell)
+            return _Box(edges, "slab", (0.0, 0.0, height + margin))
+        spans = [e + margin for e in self._spans(self.positions)]
+        return _Box(
+            torch.diag(torch.tensor(spans, dtype=torch.float64)).to(cell), "open", (spans[0], spans[1], spans[2])
+        )
+
+    def _spans(self, points: Tensor) -> list[float]:
+        """Largest extent of a replica along every column."""
+        out = torch.zeros(points.shape[1], dtype=torch.float64, device=points.device)
+        for r in range(len(self.members)):
+            own = points[self.replica == r]
+            out = torch.maximum(out, own.amax(0) - own.amin(0))
+        return [float(v) for v in out]
+
+    def _mesh_box(self, box: _Box, accuracy: float, spacing: float) -> MeshBox:
+        s = self.splitting
+        decay = math.sqrt(-math.log(0.2 * accuracy))
+        together = (self.inverse[:, None] + self.inverse)[~self.split]
+        widest = min(1 / math.sqrt(float(together.max())) if len(together) else math.inf, s.beta)
+        edges = _edges(box, [float(v) for v in box.cell.norm(dim=1)], decay / widest)
+        shape = mesh_shape(edges, spacing)
+        directions = box.cell / box.cell.norm(dim=1, keepdim=True)
+        origin = torch.zeros(3, dtype=torch.float64, device=box.cell.device)
+        if box.boundary == "periodic":
+            return MeshBox(box.cell, origin, shape, box.boundary, 0.0)
+        # whole spacings along open directions: the box then stays the same while the atoms move a little
+        lengths = [
+            e if box.boundary == "slab" and d < 2 else n * spacing
+            for d, (e, n) in enumerate(zip(edges, shape, strict=True))
+        ]
+        reach = 0.5 * lengths[2]
+        if box.boundary == "open":
+            reach = min(n - e for n, e in zip(lengths, box.extent, strict=True)) - decay / widest
+        cell = directions * torch.tensor(lengths, dtype=torch.float64, device=box.cell.device)[:, None]
+        return MeshBox(cell, origin, shape, box.boundary, reach)
+
+    def coarse_box(self, spacing: float) -> MeshBox:
+        """The same box with another spacing (Å)."""
+        return self._mesh_box(self._where, self._accuracy, spacing)
+
+    def sites(self, positions: Tensor) -> Sites:
+        """The atoms' sites at other positions [n, 3]."""
+        return make_sites(
+            self.mesh.points(positions), self.slot, self.mesh.box.shape, self.splitting.window, self.mesh.dtype
+        )
+
+    def pairs(self, reach: float) -> Pairs:
+        """Pairs in real space for shells up to ``reach`` (Å) from their cores."""
+        operator = self.operator
+        parts = operator.system
+        subset = Systems(
+            positions=self.positions,
+            numbers=parts.numbers[self.atoms],
+            cell=parts.cell[self.members],
+            pbc=parts.pbc[self.members],
+            batch=self.replica,
+            field=parts.field[self.members],
+            net_charge=parts.net_charge[self.members],
+        )
+        found = neighbor_list(subset, self.splitting.cutoff + 2 * reach, half=True)
+        i, j = found.index
+        if not bool(self.split.all()):
+            kept = self.split[self.kind[i], self.kind[j]]
+            i, j, vectors = i[kept], j[kept], found.vectors[kept]
+        else:
+            vectors = found.vectors
+        index = torch.stack([self.atoms[i], self.atoms[j]])
+        s = self.splitting
+        return Pairs(index, vectors, operator._exponent(index), parts.batch[index[0]], s.beta, s.cutoff)
+
+    def background(self, charges: Tensor) -> Tensor:
+        """Potential of the uniform background that k = 0 of the real-space part leaves behind, [n] (V)."""
+        kinds, replicas = len(self.inverse), len(self.members)
+        missing = torch.where(self.split, 1 / self.splitting.beta**2 - (self.inverse[:, None] + self.inverse), 0.0)
+        totals = torch.zeros(replicas * kinds, dtype=torch.float64, device=charges.device)
+        totals.index_add_(0, self.replica * kinds + self.kind, charges)
+        felt = -(math.pi * self.operator.k_e / self.volume) * totals.reshape(replicas, kinds) @ missing
+        return felt[self.replica, self.kind]
+
+
+class LongWaves:
+    """What a uniform medium does to long waves of charge: the slow part of equilibration, for a preconditioner.
+
+    With B the inverse hardness on the constraint surface and G the Coulomb interaction of charges smeared by ``_SMEAR``
+    (B⁻¹ + G)⁻¹ = B − B (G⁻¹ + B)⁻¹ B; in the middle B is replaced by its mean, a number, so that it is a product in
+    Fourier space. Without it the largest eigenvalue of the preconditioned Hessian grows like the square of the cell
+    (31 for 2160 atoms of LiPON: 73 products from a cold start, with it 35).
+    """
+
+    _SMEAR = 0.35  # 1/Å
+    _WINDOW = Resolution(4, 2.4, 0.5)
+
+    def __init__(self, mesh: _MeshSum, inverse_hardness: Tensor, cache: KernelCache) -> None:
+        self.sum = mesh
+        box = mesh.coarse_box(self._WINDOW.spacing / self._SMEAR)
+        width = torch.full((1,), 0.5 / self._SMEAR**2, dtype=torch.float64, device=mesh.inverse.device)
+        whole = torch.zeros(1, 1, dtype=torch.bool, device=width.device)
+        self.mesh = cache(box, width, whole, math.inf, mesh.operator.k_e, self._WINDOW, torch.float32)
+        self.sites = make_sites(self.mesh.points(mesh.positions), mesh.replica, box.shape, self._WINDOW, torch.float32)
+        mean = inverse_hardness[mesh.atoms].sum() / len(mesh.members)
+        smooth = self.mesh.form[0].square()
+        self.filter = self.mesh.weight * smooth / (1 + self.mesh.bare * smooth * mean.to(torch.float32))
+        self.filter[0] = 0
+
+    def __call__(self, charges: Tensor) -> Tensor:
+        """Potential [n] of (G⁻¹ + B)⁻¹ at the atoms, from charges [n]."""
+        grid = self.mesh.grid(len(self.sum.members))
+        self.sites.spread(charges.to(torch.float32).contiguous(), grid)
+        waves = torch.fft.rfftn(grid, dim=(1, 2, 3)).reshape(len(grid), -1)
+        n1, n2, n3 = self.mesh.box.shape
+        felt = (self.filter * waves).reshape(-1, n1, n2, n3 // 2 + 1)
+        return self.sites.gather(torch.fft.irfftn(felt, s=(n1, n2, n3), dim=(1, 2, 3)))
+
+
+class _MeshState:
+    """What the mesh adds at given charges and shells."""
+
+    def __init__(self, mesh: _MeshSum, site_charges: Tensor, shells: Tensor) -> None:
+        self.sum, self.mesh = mesh, mesh.mesh
+        self.shells = shells[mesh.atoms]
+        self.charges = site_charges[:, mesh.atoms]
+        self.shell_charge = self.charges[1]
+        self.shell_sites = mesh.sites(mesh.positions + self.shells)
+        grid = self._empty()
+        mesh.core.spread(self.charges[0].to(self.mesh.dtype), grid)
+        self.shell_sites.spread(self.charges[1].to(self.mesh.dtype), grid)
+        self.structure = self.mesh.transform(grid)
+        self.field = self.mesh.potential(self.structure)
+        at_shell = self.shell_sites.gather_gradient(self.field)
+        self.potential = torch.stack([mesh.core.gather(self.field), at_shell[:, 0]])
+        self.shell_gradient = at_shell[:, 1:] @ self.mesh.to_mesh.T
+        self._own()
+        if mesh.has_pairs and mesh.boundary == "periodic":
+            background = mesh.background(self.charges.sum(0))
+            self.background_energy = 0.5 * self.charges.sum(0) * background
+            self.potential = self.potential + background
+
+    def _empty(self) -> Tensor:
+        return self.mesh.grid(len(self.sum.members) * self.sum.channels)
+
+    def _own(self) -> None:
+        """Takes a core's and a shell's own atom, same image, out of the sum again."""
+        op, exponent = self.sum.operator, self.sum.own_exponent
+        b0, self.own_b1, self.own_b2 = (-op.k_e * b for b in erf_kernel(self.shells.square().sum(-1), exponent))
+        self.at_zero = -op.k_e * (2 / math.sqrt(math.pi)) * exponent.sqrt()
+        qc, qs = self.charges
+        self.potential = self.potential + torch.stack([b0 * qs + self.at_zero * qc, b0 * qc + self.at_zero * qs])
+        # from core to shell: Δ
+        self.own_core_gradient = (self.own_b1 * qs)[:, None] * self.shells
+        self.own_shell_gradient = -(self.own_b1 * qc)[:, None] * self.shells
+
+    def core_mesh_gradient(self) -> Tensor:
+        """Gradient of the mesh potential at the cores, [n, 3]."""
+        return self.sum.core.gather_gradient(self.field)[:, 1:] @ self.mesh.to_mesh.T
+
+    def _curvature(self) -> Tensor:
+        found = self.shell_sites.gather_curvature(self.field)[:, [0, 1, 2, 1, 3, 4, 2, 4, 5]].reshape(-1, 3, 3)
+        return self.mesh.to_mesh @ found @ self.mesh.to_mesh.T
+
+    def linearize(self) -> Tensor:
+        """∇∇φ at the shells, [n, 3, 3]; prepares ``product``."""
+        eye = torch.eye(3, dtype=self.shells.dtype, device=self.shells.device)
+        outer = self.own_b2[:, None, None] * self.shells[:, :, None] * self.shells[:, None, :]
+        self.curvature = self._curvature()
+        # ∂φ_core/∂Δ = Q_s ∇_shell B₀(Δ)
+        self.own_core = -(self.shell_charge * self.own_b1)[:, None] * self.shells
+        return self.curvature + self.charges[0][:, None, None] * (outer - self.own_b1[:, None, None] * eye)
+
+    def _change(self, direction: Tensor) -> Tensor:
+        """Change of the potential on the mesh with a direction [n, 4] in (q, Δ)."""
+        grid = self._empty()
+        self.sum.core.spread(direction[:, 0].to(self.mesh.dtype).contiguous(), grid)
+        moved = (self.shell_charge[:, None] * direction[:, 1:]) @ self.mesh.to_mesh
+        self.shell_sites.spread_dipoles(moved.to(self.mesh.dtype), grid)
+        return self.mesh.potential(self.mesh.transform(grid))
+
+    def product(self, direction: Tensor) -> Tensor:
+        """Second derivatives in (q, Δ) times a direction [n, 4], without the curvature at the shells."""
+        dq, dshells = direction[:, 0], direction[:, 1:]
+        change = self._change(direction)
+        out_q = self.sum.core.gather(change) + self.at_zero * dq + (self.own_core * dshells).sum(-1)
+        if self.sum.has_pairs and self.sum.boundary == "periodic":
+            out_q = out_q + self.sum.background(dq)
+        gradient = self.shell_sites.gather_gradient(change)[:, 1:] @ self.mesh.to_mesh.T
+        out_shell = self.shell_charge[:, None] * gradient + self.own_core * dq[:, None]
+        return torch.cat([out_q[:, None], out_shell], dim=1)
+
+    def core_gradient_change(self, direction: Tensor) -> Tensor:
+        """Change of Σ_sites Q ∇φ of every whole atom; its own core–shell term moves along and drops out."""
+        change = self._change(direction)
+        at_core = self.sum.core.gather_gradient(change)[:, 1:] @ self.mesh.to_mesh.T
+        at_shell = self.shell_sites.gather_gradient(change)[:, 1:] @ self.mesh.to_mesh.T
+        out = self.charges[0][:, None] * at_core + self.shell_charge[:, None] * at_shell
+        out = out + direction[:, :1] * self.core_mesh_gradient()
+        return out + self.shell_charge[:, None] * torch.einsum("nxy,ny->nx", self.curvature, direction[:, 1:])
+
+    def virial(self) -> Tensor:
+        """−∂E/∂strain [replica, 3, 3] at fixed charges and Δ."""
+        out = self.mesh.strain(self.structure)
+        replica = self.sum.replica
+        if self.sum.has_pairs and self.sum.boundary == "periodic":
+            eye = torch.eye(3, dtype=out.dtype, device=out.device)
+            out = out.index_add(0, replica, self.background_energy[:, None, None] * eye)
+        # the mesh strains the shells along with their atoms: take out what that would have done
+        pull = self.shell_charge[:, None] * self.shell_gradient
+        return out.index_add(0, replica, pull[:, :, None] * self.shells[:, None, :])
 
 
 class CoulombState:
@@ -188,253 +511,84 @@ class CoulombState:
 
     Attributes
     ----------
-    energy : eV
-    potential : [2, N], V, at cores and shells (the site's own terms left out as described above)
-    gradient : [2, N, 3], V/Å, its gradient at cores and shells; the force on a site is −Q·gradient
+    energy : [b], eV
+    site_charges : [2, n], e, cores and shells
+    potential : [2, n], V, at cores and shells (the site's own terms left out as described above)
+    shell_gradient, core_gradient : [n, 3], V/Å, its gradient; the force on a site is −Q·gradient
     """
 
     def __init__(self, operator: CoulombOperator, charges: Tensor, shells: Tensor) -> None:
         self.op = operator
-        self.pairs = operator.pairs(shells)
         self.shells = shells
         self.site_charges = torch.stack([charges - operator.shell_charge, operator.shell_charge])
         self.potential = torch.zeros_like(self.site_charges)
-        self.gradient = torch.zeros(2, operator.n_atoms, 3, dtype=shells.dtype, device=shells.device)
-        self._add_pairs()
-        if operator.periodic:
-            self._add_own()
-            self._add_reciprocal()
-        self.energy = 0.5 * (self.site_charges * self.potential).sum()
+        self.shell_gradient = torch.zeros_like(shells)
+        self._core_gradient: Tensor | None = None
+        self._pairs = [PairState(p, self.site_charges, shells, operator.k_e) for p in operator.pairs(shells)]
+        self._meshes = [_MeshState(m, self.site_charges, shells) for m in operator.meshes]
+        for pairs in self._pairs:
+            self.potential += pairs.potential
+            self.shell_gradient += pairs.gradient[1]
+        for mesh in self._meshes:
+            self.potential[:, mesh.sum.atoms] += mesh.potential
+            self.shell_gradient[mesh.sum.atoms] += mesh.shell_gradient + mesh.own_shell_gradient
+        energies = 0.5 * (self.site_charges * self.potential).sum(0)
+        system = operator.system
+        self.energy = torch.zeros_like(system.net_charge).index_add_(0, system.batch, energies)
 
-    # -- real space ---------------------------------------------------------------------------------------------
+    @property
+    def core_gradient(self) -> Tensor:
+        """[n, 3], V/Å, gradient of the potential at the cores."""
+        if self._core_gradient is None:
+            out = torch.zeros_like(self.shells)
+            for pairs in self._pairs:
+                out += pairs.gradient[0]
+            for mesh in self._meshes:
+                out[mesh.sum.atoms] += mesh.core_mesh_gradient() + mesh.own_core_gradient
+            self._core_gradient = out
+        return self._core_gradient
 
-    def _add_pairs(self) -> None:
-        op = self.op
-        i, j = self.pairs.index
-        core = torch.zeros_like(self.shells)
-        offset = torch.stack([core, self.shells], dim=1)  # [N, site, 3]
-        # d[p, a, b]: from site a of i to site b of j
-        d = self.pairs.vectors[:, None, None] + offset[j][:, None, :] - offset[i][:, :, None]
-        u = d.square().sum(-1)
-        exponent = self.pairs.exponent[:, None, None].expand_as(u)
-        kernel = erf_kernel(u, exponent)
-        if op.periodic:
-            long = erf_kernel(u, torch.full_like(u, op.splitting.beta**2))
-            rc = op.splitting.cutoff
-            switch = smooth_switch(u, ((1 - _SWITCH_WIDTH) * rc) ** 2, rc**2)
-            kernel = switched(tuple(a - b for a, b in zip(kernel, long, strict=True)), switch)
-        b0, b1, b2 = (op.k_e * b for b in kernel)
-        self.d, self.b1, self.b2 = d, b1, b2
-        self.b0 = b0
-        qi, qj = self.site_charges.T[i], self.site_charges.T[j]  # [p, site]
-        # potential and its gradient at core, shell
-        felt = torch.zeros(op.n_atoms, 2, 4, dtype=d.dtype, device=d.device)
-        by_j, by_i = qj[:, None, :], qi[:, :, None]
-        felt.index_add_(0, i, torch.cat([(b0 * by_j).sum(2, keepdim=True), ((b1 * by_j)[..., None] * d).sum(2)], dim=2))
-        pull = ((b1 * by_i)[..., None] * d).sum(1)
-        felt.index_add_(0, j, torch.cat([(b0 * by_i).sum(1)[..., None], -pull], dim=2))
-        self.potential += felt[..., 0].T
-        self.gradient += felt[..., 1:].transpose(0, 1)
-
-    def _add_own(self) -> None:
-        """Takes a core's and a shell's own atom, same image, out of the reciprocal sum again."""
-        op = self.op
-        b0, b1, b2 = (-op.k_e * b for b in erf_kernel(self.shells.square().sum(-1), op.self_exponent))
-        at_zero = -op.k_e * (2 / math.sqrt(math.pi)) * op.self_exponent.sqrt()
-        self.own_b1, self.own_b2 = b1, b2
-        qc, qs = self.site_charges
-        self.potential += torch.stack([b0 * qs + at_zero * qc, b0 * qc + at_zero * qs])
-        # d = x_shell − x_core = Δ
-        self.gradient[0] += (b1 * qs)[:, None] * self.shells
-        self.gradient[1] -= (b1 * qc)[:, None] * self.shells
-        # uniform background of the real-space part (k = 0)
-        narrow, inverse = op.narrow, 1 / op.alpha
-        q = (qc + qs) * narrow
-        total, weighted = q.sum(), (q * inverse).sum()
-        background = -(math.pi * op.k_e / op.volume) * (total * (1 / op.splitting.beta**2 - inverse) - weighted)
-        self.potential += background * narrow
-        self.background_energy = 0.5 * (q * background).sum()
-
-    # -- reciprocal space -------------------------------------------------------------------------------------------
-
-    def _add_reciprocal(self) -> None:
-        op = self.op
-        self.shell_phases = op._phases(op.positions + self.shells)
-        self.structure = self._structure(self.site_charges)
-        potential, gradient = self._spread(self.structure)
-        self.potential += potential
-        self.gradient += gradient
-
-    def _structure(self, charges: Tensor) -> Tensor:
-        """Structure factors [channel, k] of site charges [2, N]."""
-        op = self.op
-        out = torch.zeros(3, op.reciprocal.vectors.shape[0], dtype=torch.complex128, device=charges.device)
-        for (channel, atoms, _), core, shell in zip(
-            op.reciprocal.channels, op.core_phases, self.shell_phases, strict=True
-        ):
-            out[channel] = charges[0, atoms].to(core.dtype) @ core + charges[1, atoms].to(core.dtype) @ shell
-        return out
-
-    def _mixed(self, structure: Tensor) -> Tensor:
-        """Weighted conj(S) each channel feels, [channel, k]."""
-        mix = _MIX.to(structure.device).to(structure.dtype)
-        return self.op.reciprocal.weight * (mix @ structure).conj()
-
-    def _spread(self, structure: Tensor) -> tuple[Tensor, Tensor]:
-        """Potential [2, N] and its gradient [2, N, 3] at the sites from structure factors."""
-        op = self.op
-        n = op.n_atoms
-        out = torch.zeros(2, n, 4, dtype=torch.float64, device=structure.device)
-        felt = self._mixed(structure)
-        ik = 1j * op.reciprocal.vectors.to(felt.dtype)
-        for (channel, atoms, _), core, shell in zip(
-            op.reciprocal.channels, op.core_phases, self.shell_phases, strict=True
-        ):
-            columns = torch.cat([felt[channel, :, None], felt[channel, :, None] * ik], dim=1)  # [k, 4]
-            out[0].index_add_(0, atoms, (core @ columns).real)
-            out[1].index_add_(0, atoms, (shell @ columns).real)
-        return out[..., 0], out[..., 1:]
-
-    def _shell_curvature(self) -> Tensor:
-        """∇∇φ at the shells from the reciprocal sum, [N, 3, 3]."""
-        op = self.op
-        felt = self._mixed(self.structure)
-        k = op.reciprocal.vectors
-        kk = (k[:, :, None] * k[:, None, :]).reshape(-1, 9)[:, [0, 1, 2, 4, 5, 8]]
-        out = torch.zeros(op.n_atoms, 6, dtype=torch.float64, device=k.device)
-        for (channel, atoms, _), shell in zip(op.reciprocal.channels, self.shell_phases, strict=True):
-            out.index_add_(0, atoms, -(shell @ (felt[channel, :, None] * kk)).real)
-        return out[:, [0, 1, 2, 1, 3, 4, 2, 4, 5]].reshape(-1, 3, 3)
-
-    # -- second derivatives -----------------------------------------------------------------------------------------
+    @property
+    def gradient(self) -> Tensor:
+        """[2, n, 3], V/Å, gradient of the potential at cores and shells."""
+        return torch.stack([self.core_gradient, self.shell_gradient])
 
     def linearize(self) -> None:
-        """Builds what ``product`` needs: pair blocks in (q, Δ), and the curvature at the shells."""
-        op = self.op
-        i, j = self.pairs.index
-        qs_i, qs_j = op.shell_charge[i], op.shell_charge[j]
-        d, b1, b2 = self.d, self.b1, self.b2
-        eye = torch.eye(3, dtype=d.dtype, device=d.device)
-        block = torch.empty(len(b1), 4, 4, dtype=d.dtype, device=d.device)
-        block[:, 0, 0] = self.b0[:, 0, 0]
-        block[:, 0, 1:] = -(qs_j * b1[:, 0, 1])[:, None] * d[:, 0, 1]
-        block[:, 1:, 0] = (qs_i * b1[:, 1, 0])[:, None] * d[:, 1, 0]
-        between, qq = d[:, 1, 1], qs_i * qs_j
-        block[:, 1:, 1:] = (qq * b1[:, 1, 1])[:, None, None] * eye
-        block[:, 1:, 1:] -= ((qq * b2[:, 1, 1])[:, None] * between)[:, :, None] * between[:, None, :]
-        self.blocks = block
-        # ∇∇φ at a shell: Σ Q (B₂ d dᵀ − B₁ 1) over the sites of its neighbours
-        own = torch.zeros(op.n_atoms, 3, 3, dtype=d.dtype, device=d.device)
-        for atom, lines, c1, c2, q in (
-            (i, d[:, 1], b1[:, 1], b2[:, 1], self.site_charges.T[j]),
-            (j, d[:, :, 1], b1[:, :, 1], b2[:, :, 1], self.site_charges.T[i]),
-        ):
-            curved = torch.bmm(((c2 * q)[..., None] * lines).transpose(1, 2), lines)
-            own.index_add_(0, atom, curved - (c1 * q).sum(1)[:, None, None] * eye)
-        self.own_core = torch.zeros(op.n_atoms, 3, dtype=d.dtype, device=d.device)
-        if op.periodic:
-            outer = self.own_b2[:, None, None] * self.shells[:, :, None] * self.shells[:, None, :]
-            curved = outer - self.own_b1[:, None, None] * eye
-            own = own + self.site_charges[0][:, None, None] * curved + self._shell_curvature()
-            # ∂φ_core/∂Δ = Q_s ∇_shell B₀(Δ)
-            self.own_core = -(op.shell_charge * self.own_b1)[:, None] * self.shells
-        self.own_shell = op.shell_charge[:, None, None] * own
+        """Prepares ``product`` and ``core_gradient_change``."""
+        own = torch.zeros(len(self.shells), 3, 3, dtype=self.shells.dtype, device=self.shells.device)
+        for pairs in self._pairs:
+            own += pairs.linearize(self.op.shell_charge)
+        for mesh in self._meshes:
+            own[mesh.sum.atoms] += mesh.linearize()
+        self.own_shell = self.op.shell_charge[:, None, None] * own
 
-    def product(self, dq: Tensor, dshells: Tensor) -> tuple[Tensor, Tensor]:
-        """Second derivative of the energy in (q, Δ) times a direction: ([N] V, [N, 3] V/Å·e)."""
-        op = self.op
-        i, j = self.pairs.index
-        y = torch.cat([dq[:, None], dshells], dim=1)
-        out = torch.zeros_like(y)
-        out.index_add_(0, i, torch.einsum("pxy,py->px", self.blocks, y[j]))
-        out.index_add_(0, j, torch.einsum("pxy,px->py", self.blocks, y[i]))
-        out[:, 1:] += torch.einsum("nxy,ny->nx", self.own_shell, dshells)
-        if op.periodic:
-            out[:, 0] += (self.own_core * dshells).sum(-1) + self._own_charge_terms(dq)
-            out[:, 1:] += self.own_core * dq[:, None]
-            potential, gradient = self._spread(self._structure_change(dq, dshells))
-            out[:, 0] += potential[0]
-            out[:, 1:] += op.shell_charge[:, None] * gradient[1]
-        return out[:, 0], out[:, 1:]
-
-    def _own_charge_terms(self, dq: Tensor) -> Tensor:
-        op = self.op
-        narrow, inverse = op.narrow, 1 / op.alpha
-        q = dq * narrow
-        shift = q.sum() * (1 / op.splitting.beta**2 - inverse) - (q * inverse).sum()
-        own = -op.k_e * (2 / math.sqrt(math.pi)) * op.self_exponent.sqrt() * dq
-        return own - (math.pi * op.k_e / op.volume) * shift * narrow
-
-    def _structure_change(self, dq: Tensor, dshells: Tensor) -> Tensor:
-        op = self.op
-        k = op.reciprocal.vectors
-        out = torch.zeros_like(self.structure)
-        moved = op.shell_charge[:, None] * dshells
-        for (channel, atoms, _), core, shell in zip(
-            op.reciprocal.channels, op.core_phases, self.shell_phases, strict=True
-        ):
-            along = shell.T @ moved[atoms].to(shell.dtype)  # [k, 3]
-            out[channel] = dq[atoms].to(core.dtype) @ core + 1j * (along * k).sum(-1)
+    def product(self, direction: Tensor) -> Tensor:
+        """Second derivative of the energy in (q, Δ) times a direction [n, 4]: V, V/Å·e."""
+        out = torch.zeros_like(direction)
+        out[:, 1:] = torch.bmm(self.own_shell, direction[:, 1:, None])[..., 0]
+        for pairs in self._pairs:
+            out += pairs.product(direction)
+        for mesh in self._meshes:
+            out[mesh.sum.atoms] += mesh.product(direction[mesh.sum.atoms])
         return out
 
-    def core_gradient_change(self, dq: Tensor, dshells: Tensor) -> Tensor:
-        """Change of the force on (core + shell) of every atom, at fixed cores, times −1: [N, 3].
+    def core_gradient_change(self, direction: Tensor) -> Tensor:
+        """Change of the force on (core + shell) of every atom, at fixed cores, times −1, with (q, Δ): [n, 3].
 
         With g_i = Q_c ∇φ(core) + Q_s ∇φ(shell), the derivative of the Coulomb energy in the position of the whole atom.
         """
-        op = self.op
-        i, j = self.pairs.index
-        dcharge = torch.stack([dq, torch.zeros_like(dq)])
-        dsite = torch.stack([torch.zeros_like(dshells), dshells], dim=1)  # [N, site, 3]
-        dd = dsite[j][:, None, :] - dsite[i][:, :, None]
-        qi, qj = self.site_charges[:, i].T, self.site_charges[:, j].T
-        product = qi[:, :, None] * qj[:, None, :]
-        dproduct = dcharge[:, i].T[:, :, None] * qj[:, None, :] + qi[:, :, None] * dcharge[:, j].T[:, None, :]
-        along = (self.d * dd).sum(-1)
-        change = (dproduct * self.b1 - product * self.b2 * along)[..., None] * self.d
-        change = (change + (product * self.b1)[..., None] * dd).sum((1, 2))
-        out = torch.zeros_like(dshells)
-        out.index_add_(0, i, change)
-        out.index_add_(0, j, -change)
-        if op.periodic:
-            # the own core–shell term moves with the atom and drops out
-            structure = self._structure_change(dq, dshells)
-            _, dgradient = self._spread(structure)
-            _, gradient = self._spread(self.structure)
-            out += (self.site_charges[:, :, None] * dgradient).sum(0) + dq[:, None] * gradient[0]
-            out += op.shell_charge[:, None] * torch.einsum("nxy,ny->nx", self._shell_curvature(), dshells)
+        out = torch.zeros_like(direction[:, 1:])
+        for pairs in self._pairs:
+            out += pairs.core_gradient_change(direction)
+        for mesh in self._meshes:
+            out[mesh.sum.atoms] += mesh.core_gradient_change(direction[mesh.sum.atoms])
         return out
 
-    # -- strain -----------------------------------------------------------------------------------------------------
-
     def virial(self) -> Tensor:
-        """−∂E/∂strain with charges and shell displacements Δ (Å, not scaled) held fixed, [3, 3] eV."""
-        op = self.op
-        i, j = self.pairs.index
-        product = self.site_charges[:, i].T[:, :, None] * self.site_charges[:, j].T[:, None, :]
-        # only the core–core vector of a pair is strained, Δ is not
-        pull = (product * self.b1)[..., None] * self.d
-        out = torch.einsum("px,py->xy", pull.sum((1, 2)), self.pairs.vectors)
-        if op.periodic:
-            out = out + self._reciprocal_virial()
-        return 0.5 * (out + out.T)
-
-    def _reciprocal_virial(self) -> Tensor:
-        op = self.op
-        k = op.reciprocal.vectors
-        eye = torch.eye(3, dtype=k.dtype, device=k.device)
-        slope = torch.zeros_like(self.structure)  # dS/dk² through the form factors
-        for (channel, atoms, width), core, shell in zip(
-            op.reciprocal.channels, op.core_phases, self.shell_phases, strict=True
-        ):
-            charges = -(self.site_charges[:, atoms] * width).to(core.dtype)
-            slope[channel] = charges[0] @ core + charges[1] @ shell
-        felt = self._mixed(self.structure)
-        mixed = _MIX.to(k.device).to(self.structure.dtype) @ self.structure
-        energy = 0.5 * (felt * self.structure).real.sum()
-        # dE/dk² of every wave vector: through its weight, and through the form factors
-        change = 0.5 * op.reciprocal.slope * (mixed.conj() * self.structure).real.sum(0) + (felt * slope).real.sum(0)
-        out = (energy + self.background_energy) * eye + 2 * torch.einsum("k,ka,kb->ab", change, k, k)
-        # the phases of the shells hold Δ fixed: take out what an affine strain of the shells would have done
-        _, gradient = self._spread(self.structure)
-        return out + torch.einsum("nx,ny->xy", op.shell_charge[:, None] * gradient[1], self.shells)
+        """−∂E/∂strain with charges and shell displacements Δ (Å, not scaled) held fixed, [b, 3, 3] eV."""
+        out = torch.zeros_like(self.op.system.cell)
+        for pairs in self._pairs:
+            out += pairs.virial(len(out))
+        for mesh in self._meshes:
+            out[mesh.sum.members] += mesh.virial()
+        return 0.5 * (out + out.transpose(1, 2))

@@ -1,6 +1,6 @@
 """Polarizable charge equilibration: Gaussian cores and shells, charges and shells stationary together.
 
-One structure at a time minimises, over q [N] (e) and Δ [N, 3] (Å),
+Every structure of a batch minimises, over q [n] (e) and Δ [n, 3] (Å),
 
     E = Σ_i [χ_i q_i + ½ η_i q_i² + U_i(Δ_i)] + E_coulomb(q, Δ) − ε·M
 
@@ -13,20 +13,18 @@ come from H δy = −∂²E/∂y∂ε.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from importlib import resources
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
-from ase.data import atomic_numbers, chemical_symbols
+from ase.data import chemical_symbols
 from torch import Tensor
 
-from voltpi.potential.electrostatics.ewald import CoulombOperator, CoulombState
-from voltpi.potential.electrostatics.solver import linear_solve, minimize
+from voltpi.potential.electrostatics.elements import ElementParameters, check_parameters, read_parameters
+from voltpi.potential.electrostatics.ewald import CoulombOperator, CoulombState, KernelCache, LongWaves
+from voltpi.potential.electrostatics.solver import HESSIAN_ACCURACY, Segments, Solution, linear_solve, minimize
 from voltpi.potential.errors import InputError, NoStablePointError, NotConvergedError
 from voltpi.potential.fragments import check_whole, percolating, whole_positions
 from voltpi.potential.systems import Systems
@@ -46,70 +44,19 @@ COULOMB_CONSTANT = 14.3996454784255
 KCAL_PER_EV = 23.060547830619
 LAMBDA = 0.462770
 """α = ½ λ/R²."""
+ROUGH_ACCURACY = 4e-3
+"""Of the Coulomb sum in approximate Hessian products: a coarser one costs more Newton steps than it saves."""
 FREE_SHELL_BOUND = 1.0
 """Å; with ``limiter: none`` a shell this far from its core has left every stable point."""
 
 
-class ElementParameters(NamedTuple):
-    """χ, η (eV), shell charge Z (e), Gaussian radius R (Å), spring constant K (kcal/mol/Å² for Z = 1)."""
-
-    chi: float
-    eta: float
-    Z: float
-    R: float
-    K: float
-
-
-def read_parameters(path: str | Path = "default") -> dict[str, ElementParameters]:
-    """Element parameters from a CSV; ``default``: the shipped table.
-
-    The columns are symbol, chi, eta, Z, R, K; '#' starts a comment.
-    Raises InputError for a file that cannot be read, other columns, a table without rows, an element that is unknown or
-    there twice, and a number that cannot be.
-    """
-    if str(path) == "default":
-        text = resources.files("voltpi.potential.parameters").joinpath("pqeq.csv").read_text(encoding="utf-8")
-    else:
-        try:
-            text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise InputError(f"{path}: cannot read the PQEq parameters ({reason}); give an existing CSV") from None
-    rows = csv.DictReader(line for line in text.splitlines() if line.strip() and not line.startswith("#"))
-    columns = [name.strip() for name in rows.fieldnames or ()]
-    if sorted(columns) != sorted(("symbol", *ElementParameters._fields)):
-        raise InputError(f"{path}: the columns are '{','.join(columns)}'; give symbol,chi,eta,Z,R,K, each once")
-    rows.fieldnames = columns
-    table: dict[str, ElementParameters] = {}
-    for row in rows:
-        symbol = (row.get("symbol") or "").strip()
-        if symbol not in atomic_numbers:
-            raise InputError(f"{path}: '{symbol}' is not an element; the columns are symbol,chi,eta,Z,R,K")
-        if symbol in table:
-            raise InputError(f"{path}: {symbol} has two rows; keep one")
-        try:
-            table[symbol] = ElementParameters(*(float(row[k]) for k in ElementParameters._fields))
-        except (TypeError, ValueError):
-            raise InputError(f"{path}: the row of {symbol} needs the numbers chi,eta,Z,R,K") from None
-        if None in row:
-            raise InputError(f"{path}: the row of {symbol} has more than the numbers chi,eta,Z,R,K")
-        check_parameters(str(path), symbol, table[symbol])
-    if not table:
-        raise InputError(f"{path}: the table has no rows; give symbol,chi,eta,Z,R,K of every element")
-    return table
-
-
-def check_parameters(source: str, symbol: str, p: ElementParameters) -> None:
-    """Raises InputError for numbers that no atom can have."""
-    if not all(math.isfinite(value) for value in p):
-        raise InputError(f"{source}: chi, eta, Z, R and K of {symbol} must be finite numbers")
-    if p.R <= 0 or p.eta <= 0 or (p.Z and p.K <= 0):
-        raise InputError(f"{source}: eta, R and K of {symbol} must be positive")
-
-
 @dataclass(frozen=True)
 class PQEqSolution:
-    """Answer for one structure (eV, Å, e); see :class:`voltpi.potential.response.Response` for the meaning of each."""
+    """Answer for a batch (eV, Å, e); see :class:`voltpi.potential.response.Response` for the meaning of each.
+
+    energy [b], terms name -> [b], forces [n, 3], virial [b, 3, 3], charges [n], shells [n, 3], dipole [b, 3], residual
+    [b], iterations [b], born_charges [n, 3, 3], polarizability [b, 3, 3].
+    """
 
     energy: Tensor
     terms: dict[str, Tensor]
@@ -118,8 +65,8 @@ class PQEqSolution:
     charges: Tensor
     shells: Tensor
     dipole: Tensor
-    residual: float
-    iterations: int
+    residual: Tensor
+    iterations: Tensor
     born_charges: Tensor | None = None
     polarizability: Tensor | None = None
 
@@ -127,70 +74,92 @@ class PQEqSolution:
 class _Point:
     """The functional at one (q, Δ): implements solver.Point."""
 
-    def __init__(self, structure: _Structure, y: Tensor) -> None:
-        self.structure = s = structure
+    def __init__(self, functional: _Functional, y: Tensor) -> None:
+        self.functional = f = functional
         self.q, self.shells = y[:, 0], y[:, 1:]
-        self.coulomb: CoulombState = s.operator.at(self.q, self.shells)
-        spring, stiffness, growth = s.spring(self.shells)
+        self.coulomb: CoulombState = f.operator.at(self.q, self.shells)
+        spring, stiffness, growth = f.spring(self.shells)
         self.stiffness, self.growth = stiffness, growth
-        coupled = s.coupling_charges(self.q)
-        self.dipole = (coupled[:, None] * s.whole).sum(0) - s.shell_coupling * (s.z[:, None] * self.shells).sum(0)
+        coupled = f.coupling_charges(self.q)
+        moments = coupled[:, None] * f.whole - f.shell_coupling * f.z[:, None] * self.shells
+        self.dipole = torch.zeros_like(f.system.field).index_add_(0, f.system.batch, moments)
+        total = f.segments.sum
         self.terms = {
-            "electronegativity": (s.chi * self.q).sum(),
-            "hardness": (0.5 * s.eta * self.q.square()).sum(),
-            "spring": spring,
+            "electronegativity": total(f.chi * self.q),
+            "hardness": total(0.5 * f.eta * self.q.square()),
+            "spring": total(spring),
             "coulomb": self.coulomb.energy,
-            "field": -(s.field * self.dipole).sum(),
+            "field": -(f.system.field * self.dipole).sum(-1),
         }
-        self.energy = torch.stack(list(self.terms.values())).sum()
-        g_q = s.chi + s.eta * self.q + self.coulomb.potential[0]
-        if s.charges_feel_field:
-            g_q = g_q - s.whole @ s.field
-        g_shell = stiffness[:, None] * self.shells - s.z[:, None] * self.coulomb.gradient[1]
-        g_shell = g_shell + s.shell_coupling * s.z[:, None] * s.field
+        self.energy = torch.stack(list(self.terms.values())).sum(0)
+        g_q = f.chi + f.eta * self.q + self.coulomb.potential[0]
+        if f.charges_feel_field:
+            g_q = g_q - (f.whole * f.field).sum(-1)
+        g_shell = stiffness[:, None] * self.shells - f.z[:, None] * self.coulomb.shell_gradient
+        g_shell = g_shell + f.shell_coupling * f.z[:, None] * f.field
         self.gradient = torch.cat([g_q[:, None], g_shell], dim=1)
 
     def linearize(self) -> None:
-        self.coulomb.linearize()
+        f = self.functional
+        self.rough = self.coulomb if f.rough is f.operator else f.rough.at(self.q, self.shells)
+        self.rough.linearize()
+        self._exact = self.coulomb is self.rough
 
     def product(self, direction: Tensor) -> Tensor:
-        dq, dshell = direction[:, 0], direction[:, 1:]
-        out_q, out_shell = self.coulomb.product(dq, dshell)
-        out_q = out_q + self.structure.eta * dq
+        return self._with_springs(self.rough.product(direction), direction)
+
+    def linearize_exactly(self) -> None:
+        """Prepares ``exact_product`` and the change of forces."""
+        if not self._exact:
+            self.coulomb.linearize()
+            self._exact = True
+
+    def exact_product(self, direction: Tensor) -> Tensor:
+        self.linearize_exactly()
+        return self._with_springs(self.coulomb.product(direction), direction)
+
+    def _with_springs(self, out: Tensor, direction: Tensor) -> Tensor:
+        dshell = direction[:, 1:]
+        out[:, 0] += self.functional.eta * direction[:, 0]
         radial = (self.shells * dshell).sum(-1, keepdim=True) * self.growth[:, None] * self.shells
-        return torch.cat([out_q[:, None], out_shell + self.stiffness[:, None] * dshell + radial], dim=1)
+        out[:, 1:] += self.stiffness[:, None] * dshell + radial
+        return out
 
 
-class _Structure:
-    """One structure's functional: implements solver.Functional."""
+class _Functional:
+    """The functional of a batch: implements solver.Functional."""
 
     def __init__(self, model: PQEq, system: Systems) -> None:
         self.model, self.system = model, system
+        self.segments = Segments(system.batch, system.n_systems)
         table = model.tensors(system)
         self.chi, self.eta, self.z, self.stiff = table["chi"], table["eta"], table["Z"], table["K"]
-        self.field = system.field[0]
+        self.field = system.field[system.batch]  # [n, 3]
         self.whole = whole_positions(system)
         self.charges_feel_field = model.response == "all"
         self.shell_coupling = 0.0 if model.response == "frozen" else 1.0
         self.bound = model.shell_bound
-        self.operator = CoulombOperator(
-            system,
-            table["alpha"],
-            -self.z,
-            accuracy=model.accuracy,
-            k_e=model.coulomb_constant,
+        options: dict[str, Any] = {"k_e": model.coulomb_constant, "cache": model.kernels}
+        self.operator = self.rough = CoulombOperator(
+            system, table["alpha"], -self.z, accuracy=model.accuracy, **options
         )
+        if self.operator.meshes:
+            self.rough = CoulombOperator(
+                system, table["alpha"], -self.z, accuracy=ROUGH_ACCURACY, rough=True, **options
+            )
         if model.conserve == "fragments":
             if system.fragments is None or system.fragment_charges is None:
                 raise InputError("charges.conserve is fragments but the structure has none: prepare it first")
             self.group, self.group_charge = system.fragments, system.fragment_charges
         else:
-            self.group = torch.zeros_like(system.numbers)
-            self.group_charge = system.net_charge
-        # block preconditioner: own hardness per charge, spring per shell
+            self.group, self.group_charge = system.batch, system.net_charge
+        # preconditioner: own hardness per charge, spring per shell
         self.inverse_q = 1 / self.eta
         self.inverse_shell = 1 / self.stiff
         self.group_weight = self._sum(self.inverse_q)
+        # where charge flows between all atoms, long waves of it are stiff
+        flows = model.conserve == "total"
+        self.long_waves = [LongWaves(mesh, self.inverse_q, model.kernels) for mesh in self.rough.meshes if flows]
 
     def _sum(self, values: Tensor) -> Tensor:
         return torch.zeros_like(self.group_charge).index_add_(0, self.group, values)
@@ -209,20 +178,17 @@ class _Structure:
         return self.system.carried
 
     def spring(self, shells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Spring energy (sum, eV), stiffness κ [N] with force −κΔ, and dκ/d(½Δ²) [N]."""
+        """Spring energy [n] (eV), stiffness κ [n] with force −κΔ, and dκ/d(½Δ²) [n]."""
         u = shells.square().sum(-1)
         if self.model.limiter == "none":
-            return (0.5 * self.stiff * u).sum(), self.stiff, torch.zeros_like(u)
+            return 0.5 * self.stiff * u, self.stiff, torch.zeros_like(u)
         limit = self.bound**2
         room = 1 - u / limit
-        return (
-            (-0.5 * self.stiff * limit * torch.log(room)).sum(),
-            self.stiff / room,
-            2 * self.stiff / (limit * room**2),
-        )
+        energy = -0.5 * self.stiff * limit * torch.log(room)
+        return energy, self.stiff / room, 2 * self.stiff / (limit * room**2)
 
     def start(self, guess: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Feasible first guess [N, 4]: an earlier (q, Δ) of the same atoms, or charges without interaction."""
+        """Feasible first guess [n, 4]: an earlier (q, Δ) of the same atoms, or charges without interaction."""
         if guess is not None:
             q, shells = guess
             shells = shells * (0.95 * self.bound / shells.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
@@ -234,31 +200,35 @@ class _Structure:
     def at(self, y: Tensor) -> _Point:
         return _Point(self, y)
 
-    def multiplier(self, gradient: Tensor) -> Tensor:
-        """Chemical potential of every group, V."""
-        return self._sum(self.inverse_q * gradient[:, 0]) / self.group_weight
-
     def project(self, gradient: Tensor) -> Tensor:
         out = gradient.clone()
-        out[:, 0] -= self.multiplier(gradient)[self.group]
+        out[:, 0] -= (self._sum(self.inverse_q * gradient[:, 0]) / self.group_weight)[self.group]
         return out
 
     def precondition(self, residual: Tensor) -> Tensor:
-        balanced = residual[:, 0] - self.multiplier(residual)[self.group]
-        return torch.cat([(self.inverse_q * balanced)[:, None], self.inverse_shell[:, None] * residual[:, 1:]], dim=1)
+        charges = self._flow(residual[:, 0])
+        for waves in self.long_waves:
+            felt = torch.zeros_like(charges).index_add_(0, waves.sum.atoms, waves(charges[waves.sum.atoms]))
+            charges = charges - self._flow(felt)
+        return torch.cat([charges[:, None], self.inverse_shell[:, None] * residual[:, 1:]], dim=1)
+
+    def _flow(self, potential: Tensor) -> Tensor:
+        """Charges that a potential [n] moves without interaction, on the constraint surface, times −1."""
+        mean = self._sum(self.inverse_q * potential) / self.group_weight
+        return self.inverse_q * (potential - mean[self.group])
 
     def scale(self, direction: Tensor) -> Tensor:
         return torch.cat(
             [direction[:, :1] / self.inverse_q[:, None], direction[:, 1:] / self.inverse_shell[:, None]], dim=1
         )
 
-    def largest_step(self, y: Tensor, direction: Tensor) -> float:
-        """Step along which the first shell reaches its bound."""
+    def largest_step(self, y: Tensor, direction: Tensor) -> Tensor:
+        """Step along which the first shell of a structure reaches its bound, [b]."""
         shells, d = y[:, 1:], direction[:, 1:]
         a = d.square().sum(-1).clamp(min=1e-300)
         b = (shells * d).sum(-1)
         c = self.bound**2 - shells.square().sum(-1)
-        return float(((-b + (b * b + a * c).clamp(min=0).sqrt()) / a).min())
+        return self.segments.smallest((-b + (b * b + a * c).clamp(min=0).sqrt()) / a)
 
 
 @dataclass
@@ -284,6 +254,7 @@ class PQEq:
     accuracy: float = 1e-6
     coulomb_constant: float = COULOMB_CONSTANT
     tolerance: float = 1e-8
+    kernels: KernelCache = field(default_factory=KernelCache, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         choices = {
@@ -314,7 +285,7 @@ class PQEq:
     @property
     def config(self) -> dict[str, Any]:
         """JSON-able arguments to build the same model again."""
-        out = asdict(self)
+        out: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         out["parameters"] = {k: list(v) for k, v in self.parameters.items()}
         return out
 
@@ -347,17 +318,10 @@ class PQEq:
     def check_field(self, system: Systems) -> None:
         """Refuses a field that is not well defined for these boundaries.
 
-        Raises InputError: charges that flow under a field along a periodic direction, or mixed periodicity.
+        Raises InputError: charges that flow under a field along a periodic direction.
         """
-        pbc = system.pbc[0]
-        if bool(pbc.any()) and not bool(pbc.all()):
-            raise InputError(
-                "the structure is periodic in some directions only: coulomb.boundary open or periodic is available; "
-                "set pbc to T T T (with vacuum) or F F F"
-            )
-        cells = system.cell[0]
-        along = (cells @ system.field[0]).abs() > 1e-12
-        if self.response != "all" or not bool((along & pbc).any()):
+        along = torch.einsum("bij,bj->bi", system.cell, system.field).abs() > 1e-12
+        if self.response != "all" or not bool((along & system.pbc).any()):
             return
         if self.conserve == "total":
             raise InputError(
@@ -365,7 +329,7 @@ class PQEq:
                 "flow across the cell without end; set charges.conserve to fragments or charges.response to shells"
             )
         check_whole(system)
-        if bool((percolating(system)[0] & along).any()):
+        if bool((percolating(system) & along).any()):
             raise InputError(
                 "field along a direction in which a fragment is bonded to its own image: "
                 "its charge could flow across the cell; set charges.response to shells"
@@ -379,32 +343,32 @@ class PQEq:
         born_charges: bool = False,
         polarizability: bool = False,
     ) -> PQEqSolution:
-        """Charges, shells, energy, forces and virial of one structure, from a first guess (q [N], Δ [N, 3]) if given.
+        """Charges, shells, energy, forces and virial of a batch, from a first guess (q [n], Δ [n, 3]) if given.
 
         Raises
         ------
         NoStablePointError : the shells or charges have no stable stationary point
         NotConvergedError : the residual stayed above ``tolerance``
-        InputError : unknown element, field that is not well defined
+        InputError : unknown element, field or boundary that is not well defined
         """
         self.check_field(system)
-        structure = _Structure(self, system)
+        functional = _Functional(self, system)
         # a warm start follows its branch; what is new is checked to be a minimum
-        solution = minimize(structure, structure.start(start), tolerance=self.tolerance, check=start is None)
-        if start is not None and not solution.converged:
-            solution = minimize(structure, structure.start(None), tolerance=self.tolerance)
+        solution = minimize(functional, functional.start(start), tolerance=self.tolerance, check=start is None)
+        if start is not None and not bool(solution.converged.all()):
+            solution = minimize(functional, functional.start(None), tolerance=self.tolerance)
         point = solution.point
         assert isinstance(point, _Point)
         self._check(system, point, solution)
-        coupled = structure.coupling_charges(point.q)
+        coupled = functional.coupling_charges(point.q)
         coulomb = point.coulomb
         forces = -(coulomb.site_charges[..., None] * coulomb.gradient).sum(0)
-        forces = forces + coupled[:, None] * structure.field
-        strained = torch.outer(structure.field, (coupled[:, None] * structure.whole).sum(0))
-        virial = coulomb.virial() + 0.5 * (strained + strained.T)
+        forces = forces + coupled[:, None] * functional.field
+        strained = coupled[:, None, None] * functional.field[:, :, None] * functional.whole[:, None, :]
+        virial = coulomb.virial().index_add(0, system.batch, 0.5 * (strained + strained.transpose(1, 2)))
         born = alpha = None
         if born_charges or polarizability:
-            born, alpha = self._field_response(structure, point, coupled)
+            born, alpha = self._field_response(functional, point, coupled)
         return PQEqSolution(
             energy=point.energy,
             terms=point.terms,
@@ -419,54 +383,64 @@ class PQEq:
             polarizability=alpha if polarizability else None,
         )
 
-    def _check(self, system: Systems, point: _Point, solution: Any) -> None:
-        length = point.shells.norm(dim=-1)
-        atom = int(length.argmax())
-        symbol = system.symbols[atom]
-        if not math.isfinite(solution.residual):
-            raise NotConvergedError(f"charges became NaN near atom {atom} ({symbol}): check the structure")
-        if solution.converged:
+    def _check(self, system: Systems, point: _Point, solution: Solution) -> None:
+        if bool(solution.converged.all()):
             return
-        if self.limiter == "none" and (solution.negative_curvature or float(length[atom]) > 0.8 * self.shell_bound):
+        b = int((~solution.converged).nonzero()[0])
+        atoms = (system.batch == b).nonzero()[:, 0]
+        length = point.shells[atoms].norm(dim=-1)
+        worst = int(length.argmax())
+        where = f"atom {worst} ({system.symbols[int(atoms[worst])]})"
+        if system.n_systems > 1:
+            where += f" of structure {b}"
+        residual, reached = float(solution.residual[b]), float(length[worst])
+        if not math.isfinite(residual):
+            raise NotConvergedError(f"charges became NaN near {where}: check the structure")
+        if self.limiter == "none" and (bool(solution.negative_curvature[b]) or reached > 0.8 * self.shell_bound):
             raise NoStablePointError(
-                f"no stable point for charges and shells: polarization catastrophe at atom {atom} ({symbol}), whose "
-                f"shell is {float(length[atom]):.2f} Å from its core; set charges.limiter to fene"
+                f"no stable point for charges and shells: polarization catastrophe at {where}, whose "
+                f"shell is {reached:.2f} Å from its core; set charges.limiter to fene"
             )
         raise NotConvergedError(
-            f"charges did not converge: residual {solution.residual:.1e} V after {solution.products} products (asked "
-            f"{self.tolerance:.1e} V); check the structure near atom {atom} ({symbol}), whose shell is "
-            f"{float(length[atom]):.2f} Å from its core, or give it a stiffer spring (larger K)"
+            f"charges did not converge: residual {residual:.1e} V after {int(solution.products[b])} products (asked "
+            f"{self.tolerance:.1e} V); check the structure near {where}, whose shell is "
+            f"{reached:.2f} Å from its core, or give it a stiffer spring (larger K)"
         )
 
-    def _field_response(self, structure: _Structure, point: _Point, coupled: Tensor) -> tuple[Tensor, Tensor]:
-        """Born charges [N, 3, 3] and polarizability [3, 3] (Å³) from H δy = −∂²E/∂y∂ε."""
-        n = len(coupled)
+    def _field_response(self, functional: _Functional, point: _Point, coupled: Tensor) -> tuple[Tensor, Tensor]:
+        """Born charges [n, 3, 3] and polarizability [b, 3, 3] (Å³) from H δy = −∂²E/∂y∂ε.
+
+        A mesh keeps the acoustic sum rule, Σ_i Z*_i = Σ_i q̄_i, to its accuracy; what is missing is shared by all atoms.
+        """
+        n, batch = len(coupled), functional.system.batch
         point.linearize()
+        point.linearize_exactly()
         born = torch.zeros(n, 3, 3, dtype=torch.float64, device=coupled.device)
-        alpha = torch.zeros(3, 3, dtype=torch.float64, device=coupled.device)
+        alpha = torch.zeros(functional.segments.count, 3, 3, dtype=torch.float64, device=coupled.device)
         for a in range(3):
             mixed = torch.zeros(n, 4, dtype=torch.float64, device=coupled.device)  # ∂²E/∂y∂ε_a
-            if structure.charges_feel_field:
-                mixed[:, 0] = -structure.whole[:, a]
-            mixed[:, 1 + a] = structure.shell_coupling * structure.z
-            answer = linear_solve(point, structure, -mixed, tolerance=0.1 * self.tolerance)
-            if answer.negative_curvature:
+            if functional.charges_feel_field:
+                mixed[:, 0] = -functional.whole[:, a]
+            mixed[:, 1 + a] = functional.shell_coupling * functional.z
+            answer = linear_solve(point, functional, -mixed, tolerance=0.1 * self.tolerance)
+            if bool(answer.negative_curvature.any()):
                 raise NoStablePointError(
                     "the response to a field does not exist: charges and shells are at a saddle point (a polarization "
                     "catastrophe is near); set charges.limiter to fene, or give stiffer parameters (larger K)"
                 )
-            if not answer.converged:
+            if not bool(answer.converged.all()):
                 raise NotConvergedError(
-                    f"the response to a field did not converge in {answer.products} products; check the structure"
+                    f"the response to a field did not converge in {int(answer.products.max())} products; check the "
+                    "structure"
                 )
             dq, dshells = answer.x[:, 0], answer.x[:, 1:]
-            change = point.coulomb.core_gradient_change(dq, dshells)
-            born[:, a] = -change
+            change = point.coulomb.core_gradient_change(answer.x)
+            net = torch.zeros_like(functional.system.field).index_add_(0, batch, change)
+            born[:, a] = (net / torch.bincount(batch)[:, None])[batch] - change
             born[:, a, a] += coupled
-            if structure.charges_feel_field:
-                born[:, a] += dq[:, None] * structure.field
-            moved = -structure.shell_coupling * (structure.z[:, None] * dshells).sum(0)
-            if structure.charges_feel_field:
-                moved = moved + (dq[:, None] * structure.whole).sum(0)
-            alpha[:, a] = moved
-        return born, 0.5 * (alpha + alpha.T) * self.coulomb_constant
+            moved = -functional.shell_coupling * functional.z[:, None] * dshells
+            if functional.charges_feel_field:
+                born[:, a] += dq[:, None] * functional.field
+                moved = moved + dq[:, None] * functional.whole
+            alpha[:, :, a] = torch.zeros_like(functional.system.field).index_add_(0, batch, moved)
+        return born, 0.5 * (alpha + alpha.transpose(1, 2)) * self.coulomb_constant

@@ -1,210 +1,324 @@
-"""Truncated Newton with preconditioned conjugate gradients for charges and shells together.
+"""Truncated Newton with preconditioned conjugate gradients for charges and shells together, batched.
 
-Minimises a smooth function of y = (q, Δ) under A δq = 0 (every fragment, or the whole structure, keeps its charge):
+Minimises, for every structure of a batch by itself, a smooth function of y = (q, Δ) under A δq = 0 (every fragment, or
+the whole structure, keeps its charge):
 
     H δy = −g  on the constraint surface, solved only as well as the step needs (Eisenstat & Walker 1996), followed by a
     line search on the energy; a direction of negative curvature is followed downhill (Steihaug 1983).
+
+Every structure has its own step lengths and its own convergence; one that has converged stays where it is while the
+others go on. Nothing inside the conjugate gradients waits for the device: whether all have converged is asked every
+``_ASK_EVERY`` iterations there.
 
 The solver knows nothing of Coulomb: it asks a ``Functional`` for energy, gradient and Hessian products.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Functional", "LinearSolution", "Point", "Solution", "linear_solve", "minimize", "negative_direction"]
+__all__ = [
+    "HESSIAN_ACCURACY",
+    "Functional",
+    "LinearSolution",
+    "Point",
+    "Segments",
+    "Solution",
+    "conjugate_gradients",
+    "linear_solve",
+    "minimize",
+    "negative_direction",
+]
 
 _PROBES = 200  # products that look for negative curvature; 4 to 6 suffice at a sound minimum
 _ESCAPES = 8  # saddle points left on the way down
+HESSIAN_ACCURACY = 1e-3
+"""Relative error of ``Point.product``: a Newton step reduces the residual to about this."""
+_ASK_EVERY = 8  # iterations on a GPU between two questions whether to go on
+
+
+class Segments:
+    """Sums and maxima over the atoms of every structure of a batch; ``batch`` [n] ascending, ``count`` structures."""
+
+    def __init__(self, batch: Tensor, count: int) -> None:
+        self.batch, self.count = batch, count
+
+    def sum(self, values: Tensor) -> Tensor:
+        """[n, …] -> [b], over atoms and all further axes."""
+        if self.count == 1:
+            return values.sum().reshape(1)
+        flat = values.reshape(len(values), -1).sum(1)
+        return torch.zeros(self.count, dtype=values.dtype, device=values.device).index_add_(0, self.batch, flat)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """Largest absolute value, [n, …] -> [b]; NaN where one is."""
+        flat = values.reshape(len(values), -1).abs().amax(1)
+        if self.count == 1:
+            return flat.amax().reshape(1)
+        return torch.zeros(self.count, dtype=values.dtype, device=values.device).scatter_reduce(
+            0, self.batch, flat, "amax"
+        )
+
+    def smallest(self, values: Tensor) -> Tensor:
+        """Smallest value, [n] -> [b]."""
+        if self.count == 1:
+            return values.amin().reshape(1)
+        start = torch.full((self.count,), torch.inf, dtype=values.dtype, device=values.device)
+        return start.scatter_reduce(0, self.batch, values, "amin")
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[b] -> [n, 1]."""
+        return values.expand(len(self.batch))[:, None] if self.count == 1 else values[self.batch][:, None]
 
 
 class Point(Protocol):
     """The functional at one (q, Δ)."""
 
-    energy: Tensor
-    gradient: Tensor  # [N, 4]: V (charges), eV/Å (shells)
+    energy: Tensor  # [b], eV
+    gradient: Tensor  # [n, 4]: V (charges), eV/Å (shells)
 
     def linearize(self) -> None:
         """Prepares Hessian products."""
 
     def product(self, direction: Tensor) -> Tensor:
-        """Hessian times a direction, [N, 4]."""
+        """Hessian times a direction, [n, 4]; an approximation, good to ``HESSIAN_ACCURACY``, that steers."""
+
+    def exact_product(self, direction: Tensor) -> Tensor:
+        """Hessian times a direction, [n, 4]."""
 
 
 class Functional(Protocol):
-    """Energy of charges and shells of one structure."""
+    """Energy of charges and shells of a batch of structures."""
+
+    segments: Segments
 
     def at(self, y: Tensor) -> Point:
-        """Energy and gradient at y [N, 4]."""
+        """Energy and gradient at y [n, 4]."""
 
     def project(self, gradient: Tensor) -> Tensor:
-        """The gradient with the constraint's multiplier taken off, [N, 4]."""
+        """The gradient with the constraint's multiplier taken off, [n, 4]."""
 
     def precondition(self, residual: Tensor) -> Tensor:
-        """Approximate inverse Hessian times a residual, on the constraint surface, [N, 4]."""
+        """Approximate inverse Hessian times a residual, on the constraint surface, [n, 4]."""
 
     def scale(self, direction: Tensor) -> Tensor:
-        """Inverse of ``precondition`` without the constraint: the size of a direction, [N, 4]."""
+        """Inverse of ``precondition`` without the constraint: the size of a direction, [n, 4]."""
 
-    def largest_step(self, y: Tensor, direction: Tensor) -> float:
-        """How far y may go along a direction before it leaves where the functional is defined."""
+    def largest_step(self, y: Tensor, direction: Tensor) -> Tensor:
+        """How far y may go along a direction before it leaves where the functional is defined, [b]."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Where the solver stopped."""
+    """Where the solver stopped: y [n, 4], and for every structure [b] residual, products, and whether it converged."""
 
     y: Tensor
     point: Point
-    residual: float
-    products: int
-    negative_curvature: bool
-    converged: bool
+    residual: Tensor
+    products: Tensor
+    negative_curvature: Tensor
+    converged: Tensor
 
 
 @dataclass(frozen=True)
 class LinearSolution:
-    """x [N, 4], Hessian products used, whether it converged, whether it met negative curvature."""
+    """x [n, 4]; for every structure [b] the products used, whether it converged, whether it met negative curvature."""
 
     x: Tensor
-    products: int
-    converged: bool
-    negative_curvature: bool
+    products: Tensor
+    converged: Tensor
+    negative_curvature: Tensor
 
 
 def linear_solve(
-    point: Point, functional: Functional, right: Tensor, *, tolerance: float, max_iterations: int = 500
+    point: Point, functional: Functional, right: Tensor, *, tolerance: float, max_rounds: int = 12
 ) -> LinearSolution:
-    """Solves H x = right on the constraint surface by conjugate gradients, to ``tolerance`` (largest residual).
+    """Solves H x = right on the constraint surface to ``tolerance`` (largest residual).
+
+    Conjugate gradients with the approximate Hessian, their residual taken again with the exact one until it is small.
+    """
+    seg = functional.segments
+    x = torch.zeros_like(right)
+    residual = functional.project(right)
+    largest = seg.largest(residual)
+    products = torch.zeros(seg.count, dtype=torch.int64, device=right.device)
+    negative = torch.zeros(seg.count, dtype=torch.bool, device=right.device)
+    for _ in range(max_rounds):
+        active = (largest > tolerance) & ~negative
+        if not bool(active.any()):
+            break
+        goal = torch.where(active, (HESSIAN_ACCURACY * largest).clamp(min=0.5 * tolerance), torch.inf)
+        part = conjugate_gradients(point, functional, residual, goal)
+        negative = negative | part.negative_curvature
+        x = x + torch.where(seg.spread(active), part.x, 0.0)
+        residual = functional.project(right - point.exact_product(x))
+        products = products + part.products + active
+        largest = seg.largest(residual)
+    return LinearSolution(x, products, largest <= tolerance, negative)
+
+
+def conjugate_gradients(
+    point: Point, functional: Functional, right: Tensor, tolerance: Tensor, max_iterations: int = 500
+) -> LinearSolution:
+    """Solves H x = right with ``Point.product`` on the constraint surface, to ``tolerance`` [b] (largest residual).
 
     Where the curvature turns negative the iterate so far is returned (or the direction itself, at the first step).
     """
+    seg = functional.segments
+    ask = _ASK_EVERY if right.device.type != "cpu" else 1
     x = torch.zeros_like(right)
     r = functional.project(right)
     z = functional.precondition(r)
     p = z
-    rz = (r * z).sum()
+    rz = seg.sum(r * z)
+    active = seg.largest(r) > tolerance
+    negative = torch.zeros_like(active)
+    broken = torch.zeros_like(active)
+    products = torch.zeros(seg.count, dtype=torch.int64, device=right.device)
     for k in range(max_iterations):
-        if float(r.abs().max()) <= tolerance:
-            return LinearSolution(x, k, True, False)
+        if k % ask == 0 and not bool(active.any()):
+            break
         hp = point.product(p)
-        curvature = float((p * hp).sum())
-        if not math.isfinite(curvature):
-            return LinearSolution(x, k + 1, False, False)
-        if curvature <= 0:
-            return LinearSolution(x if k else p, k + 1, False, True)
-        step = rz / curvature
+        products += active
+        curvature = seg.sum(p * hp)
+        broken = broken | (active & ~torch.isfinite(curvature))
+        downhill = active & (curvature <= 0)
+        negative = negative | downhill
+        if k == 0:
+            x = torch.where(seg.spread(downhill), p, x)
+        active = active & (curvature > 0)
+        step = seg.spread(torch.where(active, rz / curvature, 0.0))
         x = x + step * p
         r = r - step * functional.project(hp)
         z = functional.precondition(r)
-        rz_new = (r * z).sum()
-        p = z + (rz_new / rz) * p
-        rz = rz_new
-    return LinearSolution(x, max_iterations, False, False)
+        rz_new = seg.sum(r * z)
+        active = active & (seg.largest(r) > tolerance)
+        p = z + seg.spread(torch.where(active, rz_new / rz, 0.0)) * p
+        rz = torch.where(active, rz_new, rz)
+    return LinearSolution(x, products, ~(active | negative | broken), negative)
 
 
-def negative_direction(point: Point, functional: Functional, like: Tensor) -> tuple[Tensor | None, int]:
-    """A direction of negative curvature at a linearized point, or None at a minimum; and the products it took.
+def negative_direction(point: Point, functional: Functional, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Directions of negative curvature [n, 4] at a linearized point, where [b] there are any, and the products [b].
 
     Conjugate gradients from a fixed right-hand side without symmetry, so that a saddle that the structure's own
     symmetry hides from the gradient is found (a cold start has all shells at zero). Stops where the residual has fallen
     a thousandfold.
     """
-    k = torch.arange(like.numel(), dtype=like.dtype, device=like.device).reshape(like.shape)
+    seg = functional.segments
+    ask = _ASK_EVERY if like.device.type != "cpu" else 1
+    # the same numbers for every structure, whatever the batch
+    first = torch.searchsorted(seg.batch, seg.batch) if seg.count > 1 else torch.zeros_like(seg.batch)
+    atom = torch.arange(len(like), device=like.device) - first
+    k = (4 * atom[:, None] + torch.arange(4, device=like.device)).to(like.dtype)
     r = functional.project(torch.sin(1.0 + 0.7390851332151607 * k * k))
     z = functional.precondition(r)
     p = z
-    rz = (r * z).sum()
-    first = float(rz)
-    for n in range(1, _PROBES + 1):
+    rz = seg.sum(r * z)
+    start = rz
+    active = torch.ones(seg.count, dtype=torch.bool, device=like.device)
+    found = torch.zeros_like(active)
+    out = torch.zeros_like(like)
+    products = torch.zeros(seg.count, dtype=torch.int64, device=like.device)
+    for n in range(_PROBES):
+        if n % ask == 0 and not bool(active.any()):
+            break
         hp = point.product(p)
-        curvature = float((p * hp).sum())
-        if curvature < -1e-6 * float((p * functional.scale(p)).sum()):
-            return p, n
-        if curvature <= 0:
-            return None, n  # a neutral mode
-        step = rz / curvature
+        products += active
+        curvature = seg.sum(p * hp)
+        hit = active & (curvature < -1e-6 * seg.sum(p * functional.scale(p)))
+        if n % ask == 0 and bool(hit.any()):  # the approximate Hessian may only seem to have it
+            hit = hit & (seg.sum(p * point.exact_product(p)) < 0)
+        out = torch.where(seg.spread(hit), p, out)
+        found = found | hit
+        active = active & (curvature > 0)  # a neutral mode ends the search as well
+        step = seg.spread(torch.where(active, rz / curvature, 0.0))
         r = r - step * functional.project(hp)
         z = functional.precondition(r)
-        rz_new = (r * z).sum()
-        if float(rz_new) < 1e-6 * first:
-            return None, n
-        p = z + (rz_new / rz) * p
-        rz = rz_new
-    return None, _PROBES
+        rz_new = seg.sum(r * z)
+        active = active & (rz_new >= 1e-6 * start)
+        p = z + seg.spread(torch.where(active, rz_new / rz, 0.0)) * p
+        rz = torch.where(active, rz_new, rz)
+    return out, found, products
 
 
 def minimize(
     functional: Functional, start: Tensor, *, tolerance: float, check: bool = True, max_steps: int = 100
 ) -> Solution:
-    """Minimum of the functional nearest downhill from ``start`` [N, 4] (already on the constraint surface).
+    """Minimum of the functional nearest downhill from ``start`` [n, 4] (already on the constraint surface).
 
     ``tolerance`` is the largest residual in V (charges) and V/Å·e (shells). With ``check`` a stationary point is
     accepted only where no direction of negative curvature leads on; the solver follows such a direction downhill.
     """
+    seg = functional.segments
     solution = _descend(functional, start, tolerance, max_steps)
+    if not check:
+        return solution
     products = solution.products
-    for _ in range(_ESCAPES if check else 0):
-        if not solution.converged:
-            break
+    for _ in range(_ESCAPES):
         solution.point.linearize()
-        p, count = negative_direction(solution.point, functional, solution.y)
-        products += count
-        if p is None:
-            break
-        p = p * (0.01 / float(p.abs().max()))
-        if float((p * solution.point.gradient).sum()) > 0:
-            p = -p
-        p = p * min(1.0, 0.5 * functional.largest_step(solution.y, p))
+        p, found, count = negative_direction(solution.point, functional, solution.y)
+        products = products + count
+        found = found & solution.converged
+        if not bool(found.any()):
+            return replace(solution, products=products)
+        p = torch.where(seg.spread(found), p * seg.spread(0.01 / seg.largest(p).clamp(min=1e-300)), 0.0)
+        uphill = seg.sum(p * solution.point.gradient) > 0
+        p = torch.where(seg.spread(uphill), -p, p)
+        p = p * seg.spread((0.5 * functional.largest_step(solution.y, p)).clamp(max=1.0))
         solution = _descend(functional, solution.y + p, tolerance, max_steps)
-        products += solution.products
-    else:
-        if check:
-            solution = replace(solution, converged=False, negative_curvature=True)
-    return replace(solution, products=products)
+        products = products + solution.products
+    return replace(
+        solution,
+        products=products,
+        converged=solution.converged & ~found,
+        negative_curvature=solution.negative_curvature | found,
+    )
 
 
 def _descend(functional: Functional, start: Tensor, tolerance: float, max_steps: int) -> Solution:
     """Truncated Newton from a start to the nearest stationary point downhill."""
+    seg = functional.segments
     y = start
     point = functional.at(y)
-    products = 0
-    negative = False
     residual = functional.project(point.gradient)
-    largest = float(residual.abs().max())
+    largest = seg.largest(residual)
+    products = torch.zeros(seg.count, dtype=torch.int64, device=y.device)
+    negative = torch.zeros(seg.count, dtype=torch.bool, device=y.device)
+    active = torch.isfinite(largest) & (largest > tolerance)
     for _ in range(max_steps):
-        if largest <= tolerance or not math.isfinite(largest):
+        if not bool(active.any()):
             break
         point.linearize()
-        inner = max(0.3 * tolerance, 0.01 * largest * min(0.1, largest))
-        step = linear_solve(point, functional, -residual, tolerance=inner)
-        direction, negative = step.x, step.negative_curvature
-        products += step.products
-        slope = float((residual * direction).sum())
-        if slope > 0:
-            direction, slope = -direction, -slope
-        length = min(1.0, 0.9 * functional.largest_step(y, direction))
-        noise = 1e-13 * max(1.0, abs(float(point.energy)))
-        accepted = False
+        inner = torch.maximum(0.3 * largest.new_tensor(tolerance), HESSIAN_ACCURACY * largest)
+        step = conjugate_gradients(point, functional, -residual, torch.where(active, inner, torch.inf))
+        products = products + step.products
+        negative = torch.where(active, step.negative_curvature, negative)
+        slope = seg.sum(residual * step.x)
+        direction = torch.where(seg.spread(slope > 0), -step.x, step.x)
+        slope = -slope.abs()
+        length = torch.where(active, (0.9 * functional.largest_step(y, direction)).clamp(max=1.0), 0.0)
+        noise = 1e-13 * point.energy.abs().clamp(min=1.0)
+        waiting = active
         for _ in range(30):
-            trial = functional.at(y + length * direction)
-            fall = float(trial.energy - point.energy)
-            if fall <= 1e-4 * length * slope + noise:
-                accepted = True
+            trial = functional.at(y + seg.spread(length) * direction)
+            fall = trial.energy - point.energy
+            waiting = active & ~(fall <= 1e-4 * length * slope + noise)
+            if not bool(waiting.any()):
                 break
-            length *= 0.5
-        if not accepted:
-            break
-        y, point = y + length * direction, trial
+            length = torch.where(waiting, 0.5 * length, length)
+        else:
+            # these found nothing lower: they stay, and with them all that was tried
+            length = torch.where(waiting, 0.0, length)
+            trial = functional.at(y + seg.spread(length) * direction)
+        y, point = y + seg.spread(length) * direction, trial
         residual = functional.project(point.gradient)
-        new = float(residual.abs().max())
-        if new >= largest and abs(slope) < noise and not negative:
-            largest = new
-            break  # at the rounding floor
-        largest = new
+        new = seg.largest(residual)
+        floor = (new >= largest) & (slope.abs() < noise) & ~negative  # rounding
+        largest = torch.where(active, new, largest)
+        active = active & ~waiting & ~floor & torch.isfinite(largest) & (largest > tolerance)
     return Solution(y, point, largest, products, negative, largest <= tolerance)

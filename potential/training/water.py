@@ -138,8 +138,8 @@ def fit_charges(frames: Sequence[Atoms], console: Console) -> dict[str, ElementP
                 answer.born_charges[:, 0, 0].numpy()
                 - atoms.arrays["REF_forces"][:, 0] / atoms.info["electric_field"][0]
             )
-            alpha = answer.polarizability.numpy() / COULOMB_CONSTANT - np.asarray(atoms.info["REF_polarizability"])
-            dipole = answer.dipole.numpy() - _labelled_dipole(atoms, system)
+            alpha = answer.polarizability[0].numpy() / COULOMB_CONSTANT - np.asarray(atoms.info["REF_polarizability"])
+            dipole = answer.dipole[0].numpy() - _labelled_dipole(atoms, system)
             out += [born / 0.03, np.diag(alpha) / 0.025, dipole[1:] / 0.05]
         return np.concatenate(out)
 
@@ -156,13 +156,13 @@ def charge_errors(model: PQEq, frames: Sequence[Atoms]) -> dict[str, float]:
         assert answer.born_charges is not None
         assert answer.polarizability is not None
         field = float(atoms.info["electric_field"][0])
-        alpha.append(answer.polarizability.numpy())
+        alpha.append(answer.polarizability[0].numpy())
         reference.append(np.asarray(atoms.info["REF_polarizability"]) * COULOMB_CONSTANT)
         label = _labelled_dipole(atoms, system)
-        dipole.append((answer.dipole.numpy() - label)[1:])
+        dipole.append((answer.dipole[0].numpy() - label)[1:])
         dipole_labels.append(label[1:])
         force.append(answer.born_charges[:, 0, 0].numpy() * field - atoms.arrays["REF_forces"][:, 0])
-        induced.append((answer.dipole[0].item(), -float(atoms.info["REF_dipole"][0])))
+        induced.append((answer.dipole[0, 0].item(), -float(atoms.info["REF_dipole"][0])))
     ours, labels = np.array(induced).T
     return {
         "polarizability_relative_error": float(np.linalg.norm(np.array(alpha) - reference) / np.linalg.norm(reference)),

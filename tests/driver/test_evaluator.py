@@ -254,6 +254,45 @@ def test_polarizability_is_the_slope_of_the_dipole_in_atomic_units() -> None:
     np.testing.assert_allclose(alpha[:, 1], (dipoles[0] - dipoles[1]) / (2 * atomic), rtol=1e-4, atol=1e-4)
 
 
+# -- pair potentials --------------------------------------------------------------------------------------------------
+
+
+def test_pair_potentials_charges_and_dispersion_add_up() -> None:
+    lj = {"O": {"epsilon": 0.0067, "sigma": 3.17}, "H": {"epsilon": 0.002, "sigma": 1.2}}
+    exponentials = {
+        "born_mayer": {"O-H": {"A": 100.0, "rho": 0.25}},
+        "buckingham": {"O-O": {"A": 1000.0, "rho": 0.3, "C": 20.0}},
+        "born_mayer_huggins": {"H-H": {"A": 0.1, "rho": 0.3, "sigma": 1.0, "C": 0.0, "D": 0.0}},
+    }
+    kinds = {"lennard_jones": lj, "zbl": True, "cutoff": 7.0, **exponentials}
+    rest: dict[str, Any] = {"dispersion": {"functional": "pbe"}, **FRAGMENTS, "precision": "double"}
+    h, r = wire(water())
+    answers = [
+        Evaluator.from_settings(load_settings(overrides=keys), water()).evaluate(h, r)[0]
+        for keys in (
+            {"short_range": {"pair": kinds}, **rest},
+            {"short_range": {"pair": kinds}, "charges.model": "none", "precision": "double"},
+            rest,
+        )
+    ]
+    assert answers[0].energy == pytest.approx(answers[1].energy + answers[2].energy, rel=1e-12)
+    np.testing.assert_allclose(answers[0].forces, answers[1].forces + answers[2].forces, atol=1e-8)
+    assert np.abs(answers[1].forces).max() > 0.1
+    # each kind has its part in it
+    for kind in ("lennard_jones", "zbl", *exponentials):
+        fewer = {key: value for key, value in kinds.items() if key != kind}
+        other = load_settings(overrides={"short_range": {"pair": fewer}, "charges.model": "none"})
+        without = Evaluator.from_settings(other, water()).evaluate(h, r)[0].energy
+        assert abs(without - answers[1].energy) > 1e-6
+
+
+def test_missing_pairs_are_named() -> None:
+    lj = {"O": {"epsilon": 0.0067, "sigma": 3.17}}
+    e = evaluator(short_range__pair__lennard_jones=lj)
+    with pytest.raises(VoltPIError, match="no parameters for H-H, H-O"):
+        e.evaluate(*wire(water()))
+
+
 # -- wrong input ------------------------------------------------------------------------------------------------------
 
 
@@ -277,9 +316,9 @@ def test_positions_that_are_not_finite_stop_the_run(bad: float) -> None:
 
 UNAVAILABLE = {
     "charges.model": ["fixed", "latent", "linear-qeq"],
-    "coulomb.method": ["pme", "taper"],
+    "coulomb.method": ["pme"],
     "coulomb.boundary": ["slab-z", "finite-field-x"],
-    "short_range": [{"pair": {}}, {"foundation": "chgnet"}],
+    "short_range": [{"foundation": "chgnet"}],
     "displacement": [[None, None, 0.1]],
     "electrodes": [[{"name": "a", "atoms": [0], "potential": 1.0}]],
 }
@@ -306,6 +345,11 @@ def test_what_is_not_there_yet_is_refused_and_not_ignored(key: str, value: Any) 
         ({"charges.net_charge": 1, **FRAGMENTS}, "charges.net_charge is 1"),
         ({"field": "from-frame"}, "no electric_field"),
         ({"charges.parameters": "no.csv"}, "no.csv"),
+        (
+            {"short_range.pair.buckingham.O-Q": {"A": 1, "rho": 1, "C": 0}},
+            "buckingham: 'O-Q' is not a pair of elements",
+        ),
+        ({"short_range.pair.lennard_jones.O": {"epsilon": -1, "sigma": 1}}, "pair.lennard_jones: O has epsilon -1"),
         ({"model": "no-such-model"}, "no-such-model"),
         ({"model": "./no.safetensors"}, "no.safetensors"),
     ],

@@ -12,7 +12,16 @@ from voltpi.potential.errors import InputError
 # every key of the contract, with a value that is valid together with the others
 EVERYTHING = """
 model: none
-short_range: {pair: {OO: 1}}
+short_range:
+  pair:
+    set: nacl
+    born_mayer_huggins: {Li-O: {A: 0.1, rho: 0.3, sigma: 2.5, C: 1, D: 0}}
+    buckingham: {Si-O: {A: 18003.8, rho: 0.2052, C: 133.5}}
+    born_mayer: {O-O: {A: 1388.8, rho: 0.3623}}
+    lennard_jones: {O: {epsilon: 6.7e-3, sigma: 3.17}, O-Na: {epsilon: 0.005, sigma: 2.9}}
+    mixing: geometric
+    zbl: true
+    cutoff: 9
 dispersion: {functional: pbe, damping: bj}
 charges:
   model: fixed
@@ -60,6 +69,11 @@ def test_every_key_of_the_contract_is_read(tmp_path: Path) -> None:
     assert s.charges.fragments == (0, 0, 1)
     assert s.charges.width == {"O": 1.2}
     assert s.short_range is not None
+    pair = s.short_range.pair
+    assert pair is not None
+    assert (pair.set, pair.mixing, pair.zbl, pair.cutoff) == ("nacl", "geometric", True, 9.0)
+    assert pair.lennard_jones["O"].epsilon == 6.7e-3
+    assert pair.buckingham["Si-O"].C == 133.5
 
 
 def test_defaults_are_those_of_the_contract() -> None:
@@ -134,7 +148,27 @@ def test_paths_in_a_file_are_relative_to_the_file(tmp_path: Path) -> None:
         ("model: water\nshort_range: none\n", 2, ["short_range cannot be combined with model water"]),
         ("charges:\n  model: none\n  net_charge: 1\n", 3, ["charges.net_charge has no meaning with", "remove"]),
         ("charges: {model: none}\ncoulomb: {accuracy: 1.0e-5}\n", 2, ["coulomb.accuracy has no meaning with"]),
-        ("short_range: {pair: {}, foundation: qet:x}\n", 1, ["exactly one of pair and foundation"]),
+        ("short_range: {pair: {zbl: true}, foundation: qet:x}\n", 1, ["exactly one of pair and foundation"]),
+        ("short_range: {pair: {}}\n", 1, ["short_range.pair: give at least one of set, born_mayer_huggins"]),
+        ("short_range:\n  pair: {set: nafl}\n", 2, ["short_range.pair.set is 'nafl'", "nacl | licl | kcl"]),
+        ("short_range:\n  pair: {zbl: true, cutof: 8}\n", 2, ["unknown key", "short_range.pair.cutoff?"]),
+        ("short_range:\n  pair: {zbl: true, cutoff: 0}\n", 2, ["short_range.pair.cutoff is 0", "greater than 0"]),
+        ("short_range:\n  pair: {zbl: true, mixing: geometric}\n", 2, ["mixing belongs to lennard_jones"]),
+        (
+            "short_range:\n  pair:\n    buckingham:\n      O-O: {A: 1, rho: 1}\n",
+            4,
+            ["short_range.pair.buckingham.O-O.C is missing"],
+        ),
+        (
+            "short_range:\n  pair:\n    born_mayer:\n      O-O: {A: 1, Rho: 1}\n",
+            4,
+            ["short_range.pair.born_mayer.O-O is", "unknown key Rho; the keys here are A, rho"],
+        ),
+        (
+            "short_range:\n  pair:\n    lennard_jones:\n      O:\n        epsilon: x\n        sigma: 1\n",
+            5,
+            ["short_range.pair.lennard_jones.O.epsilon is 'x'", "expected a number"],
+        ),
         ("dispersion: {dampin: bj}\n", 1, ["unknown key dispersion.dampin", "dispersion.damping?"]),
         (
             "electrodes:\n- {name: a, atoms: [0], potental: 1}\n",

@@ -1,0 +1,297 @@
+"""Loops of the mesh on a CPU, compiled by numba; they release the interpreter lock, so that threads share a mesh.
+
+Against the same sums by torch ``index_add``/``gather`` (:class:`voltpi.potential.electrostatics.mesh.TorchSites`), 2160
+atoms, windows of 10 points, one core: spread 9.3 against 118 ms, gather 12 against 150 ms.
+
+Meshes are [m, n1, n2, n3]; a site knows its mesh, the first mesh point of its window on every axis (already in
+[0, n)), and the window's values and derivatives [3, w] there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+__all__ = [
+    "Loop",
+    "gather",
+    "gather_curvature",
+    "gather_gradient",
+    "in_parallel",
+    "mix_matrix",
+    "mix_product",
+    "shares",
+    "spread",
+    "spread_dipoles",
+    "window_values",
+]
+
+Array = NDArray[np.float64]
+Loop = Callable[..., None]
+
+_jit: Any = numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, error_model="numpy")
+
+
+@_jit
+def window_values(
+    begin: int, end: int, points: Array, shape: Any, coefficients: Array, order: int, first: Any, out: Array
+) -> None:
+    """Window at mesh coordinates ``points`` [s, 3]: first point [s, 3], derivatives 0 … order [order + 1, s, 3, w]."""
+    degree, w = coefficients.shape[0] - 1, coefficients.shape[1]
+    for s in range(begin, end):
+        for d in range(3):
+            low = np.floor(points[s, d])
+            x = out.dtype.type(points[s, d] - low - 0.5)
+            first[s, d] = (int(low) - (w // 2 - 1)) % shape[d]
+            for j in range(w):
+                out[0, s, d, j] = coefficients[degree, j]
+            for k in range(1, order + 1):
+                for j in range(w):
+                    out[k, s, d, j] = 0
+            for power in range(degree - 1, -1, -1):
+                if order >= 2:
+                    for j in range(w):
+                        out[2, s, d, j] = out[2, s, d, j] * x + out[1, s, d, j]
+                if order >= 1:
+                    for j in range(w):
+                        out[1, s, d, j] = out[1, s, d, j] * x + out[0, s, d, j]
+                for j in range(w):
+                    out[0, s, d, j] = out[0, s, d, j] * x + coefficients[power, j]
+            if order >= 2:
+                for j in range(w):
+                    out[2, s, d, j] *= 2
+
+
+@_jit
+def spread(begin: int, end: int, order: Any, mesh: Any, first: Any, values: Array, charges: Array, grid: Array) -> None:
+    """Adds charges [s] of the sites order[begin:end] to their meshes."""
+    _, n1, n2, n3 = grid.shape
+    w = values.shape[3]
+    for t in range(begin, end):
+        s = order[t]
+        m, z0 = mesh[s], first[s, 2]
+        wz = values[0, s, 2]
+        x = first[s, 0]
+        for a in range(w):
+            qx = charges[s] * values[0, s, 0, a]
+            y = first[s, 1]
+            for b in range(w):
+                v = qx * values[0, s, 1, b]
+                row = grid[m, x, y]
+                if z0 + w <= n3:
+                    line = row[z0 : z0 + w]
+                    for c in range(w):
+                        line[c] += v * wz[c]
+                else:
+                    z = z0
+                    for c in range(w):
+                        row[z] += v * wz[c]
+                        z = z + 1 if z + 1 < n3 else 0
+                y = y + 1 if y + 1 < n2 else 0
+            x = x + 1 if x + 1 < n1 else 0
+
+
+@_jit
+def spread_dipoles(
+    begin: int, end: int, order: Any, mesh: Any, first: Any, values: Array, dipoles: Array, grid: Array
+) -> None:
+    """Adds dipoles [s, 3] (charge times mesh spacings) of the sites order[begin:end]."""
+    _, n1, n2, n3 = grid.shape
+    w = values.shape[3]
+    for t in range(begin, end):
+        s = order[t]
+        m, z0 = mesh[s], first[s, 2]
+        wz, dz = values[0, s, 2], values[1, s, 2]
+        p0, p1, p2 = dipoles[s, 0], dipoles[s, 1], dipoles[s, 2]
+        x = first[s, 0]
+        for a in range(w):
+            wx, dx = values[0, s, 0, a], values[1, s, 0, a]
+            y = first[s, 1]
+            for b in range(w):
+                wy, dy = values[0, s, 1, b], values[1, s, 1, b]
+                v = p0 * dx * wy + p1 * wx * dy
+                u = p2 * wx * wy
+                row = grid[m, x, y]
+                if z0 + w <= n3:
+                    line = row[z0 : z0 + w]
+                    for c in range(w):
+                        line[c] += v * wz[c] + u * dz[c]
+                else:
+                    z = z0
+                    for c in range(w):
+                        row[z] += v * wz[c] + u * dz[c]
+                        z = z + 1 if z + 1 < n3 else 0
+                y = y + 1 if y + 1 < n2 else 0
+            x = x + 1 if x + 1 < n1 else 0
+
+
+@_jit
+def gather(begin: int, end: int, order: Any, mesh: Any, first: Any, values: Array, grid: Array, out: Array) -> None:
+    """Potential [s] at the sites order[begin:end]."""
+    _, n1, n2, n3 = grid.shape
+    w = values.shape[3]
+    zero = grid.dtype.type(0)
+    for t in range(begin, end):
+        s = order[t]
+        m, z0 = mesh[s], first[s, 2]
+        wz = values[0, s, 2]
+        total = zero
+        x = first[s, 0]
+        for a in range(w):
+            wx = values[0, s, 0, a]
+            y = first[s, 1]
+            for b in range(w):
+                row = grid[m, x, y]
+                along = zero
+                if z0 + w <= n3:
+                    line = row[z0 : z0 + w]
+                    for c in range(w):
+                        along += line[c] * wz[c]
+                else:
+                    z = z0
+                    for c in range(w):
+                        along += row[z] * wz[c]
+                        z = z + 1 if z + 1 < n3 else 0
+                total += wx * values[0, s, 1, b] * along
+                y = y + 1 if y + 1 < n2 else 0
+            x = x + 1 if x + 1 < n1 else 0
+        out[s] = total
+
+
+@_jit
+def gather_gradient(
+    begin: int, end: int, order: Any, mesh: Any, first: Any, values: Array, grid: Array, out: Array
+) -> None:
+    """Potential and its gradient along the mesh axes [s, 4] at the sites order[begin:end]."""
+    _, n1, n2, n3 = grid.shape
+    w = values.shape[3]
+    zero = grid.dtype.type(0)
+    for t in range(begin, end):
+        s = order[t]
+        m, z0 = mesh[s], first[s, 2]
+        wz, dz = values[0, s, 2], values[1, s, 2]
+        t0 = t1 = t2 = t3 = zero
+        x = first[s, 0]
+        for a in range(w):
+            wx, dx = values[0, s, 0, a], values[1, s, 0, a]
+            y = first[s, 1]
+            for b in range(w):
+                row = grid[m, x, y]
+                along = slope = zero
+                if z0 + w <= n3:
+                    line = row[z0 : z0 + w]
+                    for c in range(w):
+                        along += line[c] * wz[c]
+                        slope += line[c] * dz[c]
+                else:
+                    z = z0
+                    for c in range(w):
+                        along += row[z] * wz[c]
+                        slope += row[z] * dz[c]
+                        z = z + 1 if z + 1 < n3 else 0
+                wy, dy = values[0, s, 1, b], values[1, s, 1, b]
+                t0 += wx * wy * along
+                t1 += dx * wy * along
+                t2 += wx * dy * along
+                t3 += wx * wy * slope
+                y = y + 1 if y + 1 < n2 else 0
+            x = x + 1 if x + 1 < n1 else 0
+        out[s, 0], out[s, 1], out[s, 2], out[s, 3] = t0, t1, t2, t3
+
+
+@_jit
+def gather_curvature(
+    begin: int, end: int, order: Any, mesh: Any, first: Any, values: Array, grid: Array, out: Array
+) -> None:
+    """Second derivatives along the mesh axes [s, 6] (xx, xy, xz, yy, yz, zz) at the sites order[begin:end]."""
+    _, n1, n2, n3 = grid.shape
+    w = values.shape[3]
+    zero = grid.dtype.type(0)
+    for t in range(begin, end):
+        s = order[t]
+        m = mesh[s]
+        wz, dz, cz = values[0, s, 2], values[1, s, 2], values[2, s, 2]
+        xx = xy = xz = yy = yz = zz = zero
+        x = first[s, 0]
+        for a in range(w):
+            wx, dx, cx = values[0, s, 0, a], values[1, s, 0, a], values[2, s, 0, a]
+            y = first[s, 1]
+            for b in range(w):
+                row = grid[m, x, y]
+                along = slope = curve = zero
+                z = first[s, 2]
+                for c in range(w):
+                    along += row[z] * wz[c]
+                    slope += row[z] * dz[c]
+                    curve += row[z] * cz[c]
+                    z = z + 1 if z + 1 < n3 else 0
+                wy, dy, cy = values[0, s, 1, b], values[1, s, 1, b], values[2, s, 1, b]
+                xx += cx * wy * along
+                xy += dx * dy * along
+                xz += dx * wy * slope
+                yy += wx * cy * along
+                yz += wx * dy * slope
+                zz += wx * wy * curve
+                y = y + 1 if y + 1 < n2 else 0
+            x = x + 1 if x + 1 < n1 else 0
+        out[s, 0], out[s, 1], out[s, 2], out[s, 3], out[s, 4], out[s, 5] = xx, xy, xz, yy, yz, zz
+
+
+@_jit
+def mix_product(begin: int, end: int, weight: Array, form: Array, structure: Any, out: Any) -> None:
+    """out_a = f_a w Σ_b f_b S_b for wave vectors begin … end of [replica, channel, k]."""
+    replicas, channels, _ = structure.shape
+    for r in range(replicas):
+        for k in range(begin, end):
+            total = form[0, k] * structure[r, 0, k]
+            for a in range(1, channels):
+                total += form[a, k] * structure[r, a, k]
+            total *= weight[k]
+            for a in range(channels):
+                out[r, a, k] = form[a, k] * total
+
+
+@_jit
+def mix_matrix(begin: int, end: int, matrix: Array, structure: Any, out: Any) -> None:
+    """out_a = Σ_b K_ab S_b for wave vectors begin … end of [replica, channel, k]."""
+    replicas, channels, _ = structure.shape
+    for r in range(replicas):
+        for a in range(channels):
+            for k in range(begin, end):
+                total = matrix[a, 0, k] * structure[r, 0, k]
+                for b in range(1, channels):
+                    total += matrix[a, b, k] * structure[r, b, k]
+                out[r, a, k] = total
+
+
+@lru_cache(maxsize=1)
+def _pool(workers: int, process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="voltpi-mesh")
+
+
+def in_parallel(work: Callable[[int, int], None], parts: list[tuple[int, int]]) -> None:
+    """Calls ``work(begin, end)`` for every part, on as many threads as torch uses."""
+    threads = torch.get_num_threads()
+    if threads == 1 or len(parts) == 1:
+        for part in parts:
+            work(*part)
+        return
+    rest = [_pool(threads - 1, os.getpid()).submit(work, *part) for part in parts[1:]]
+    work(*parts[0])
+    for done in rest:
+        done.result()
+
+
+def shares(count: int, threads: int) -> list[tuple[int, int]]:
+    """``threads`` equal ranges of 0 … count."""
+    ends = [count * k // threads for k in range(threads + 1)]
+    return list(pairwise(ends))
