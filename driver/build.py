@@ -79,10 +79,8 @@ def _unavailable(s: Settings) -> Iterator[tuple[str, str]]:
         yield no("short_range", "foundation", "model: NAME (a trained short range) or short_range: pair")
     if s.charges.model not in ("pqeq", "qeq", "none"):
         yield no("charges.model", s.charges.model, "pqeq, qeq or none")
-    if s.coulomb.method == "pme":
-        yield no("coulomb.method", s.coulomb.method, "auto (direct or ewald)")
-    if s.coulomb.boundary.startswith(("slab", "finite-field")):
-        yield no("coulomb.boundary", s.coulomb.boundary, "periodic (with vacuum) or open")
+    if s.coulomb.boundary.startswith("finite-field"):
+        yield no("coulomb.boundary", s.coulomb.boundary, "open, periodic or slab-x/y/z")
     if s.displacement is not None and any(d is not None for d in s.displacement):
         yield no("displacement", "a constant D", "field (V/Å)")
     if s.electrodes:

@@ -232,27 +232,49 @@ def _parts_of(plan: RunInput, direct: DirectForceField) -> tuple[Settings, Atoms
     return settings, read_structures(plan.folder / str(direct.parameters["template"]))[0]
 
 
-def _evaluates_in_a_run(plan: RunInput, settings: Settings, atoms: Atoms, name: str) -> Iterator[Finding]:
+def _evaluates_in_a_run(
+    plan: RunInput, ff: SocketForceField | DirectForceField, settings: Settings, atoms: Atoms, name: str
+) -> Iterator[Finding]:
     try:
-        _refuse_turned_start(plan, settings, atoms, name)
-    except InputError as error:
-        yield Finding(False, str(error))
+        yield from (Finding(False, f"{name}: {sentence}") for sentence in _against(plan, ff, settings, atoms))
+    except InputError:  # of the structure or its boundary, which is found again
+        pass
     yield _evaluates(settings, atoms, name)
 
 
-def _refuse_turned_start(plan: RunInput, settings: Settings, atoms: Atoms, name: str) -> None:
-    from voltpi.driver.structures import refuse_ipis_orientation
+def _against(
+    plan: RunInput, ff: SocketForceField | DirectForceField, settings: Settings, atoms: Atoms
+) -> Iterator[str]:
+    """What the i-PI input does that the boundary of the structure does not allow.
 
-    if plan.is_checkpoint:  # holds its own cell
-        return
-    try:
-        refuse_ipis_orientation(atoms, settings)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
+    Raises InputError for a structure that does not go with the settings.
+    """
+    from voltpi.driver.structures import periodic_directions, refuse_ipis_cell
+
+    pbc = periodic_directions(atoms, settings)
+    letters = [("abc"[d], d) for d in range(3) if not pbc[d]]
+    if ff.wraps and letters:
+        yield (
+            f"pbc='True' folds atoms into the cell along {letters[0][0]} too, which is open, and would cut what lies "
+            "across its face; remove it"
+        )
+    barostat = plan.barostat
+    changed = [letter for letter, d in letters if barostat is not None and barostat.changes(d)]
+    if barostat is not None and changed:
+        axes = {"a": "xx, xy, xz", "b": "yy, xy, yz", "c": "zz, xz, yz"}
+        instead = "<dynamics mode='nvt'>"
+        if len(letters) == 1:
+            instead += f", or a barostat of mode='flexible' with <hfix> [{axes[changed[0]]}] </hfix>"
+        yield (
+            f"<barostat mode='{barostat.mode}'> scales the structure along {' and '.join(changed)}, where its boundary "
+            f"is open and there is no pressure; use {instead}"
+        )
+    if not plan.is_checkpoint:  # a checkpoint holds its own cell
+        refuse_ipis_cell(atoms, settings, cell_is_given=plan.cell_is_given)
 
 
-def refuse_turned_starts(plan: RunInput, settings: Mapping[str, Path]) -> None:
-    """Raises InputError where a forcefield of ours would find, at the first step, that i-PI has turned the cell.
+def refuse_starts(plan: RunInput, settings: Mapping[str, Path]) -> None:
+    """Raises InputError where a run could not honour the boundary of the start structure, for a forcefield of ours.
 
     ``settings`` are the files of the ``<ffsocket>``s, by name. What else is wrong with them is left to the drivers.
     """

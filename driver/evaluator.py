@@ -69,7 +69,10 @@ class Evaluator:
         self._unwrap = Unwrapper(self._pbc)
         self._solutions = Solutions()
         self._last: Response | None = None
-        self._oriented = not (self._pbc.all() and bool((self.prepared.field != 0).any()))
+        # i-PI turns the cells of files that are periodic throughout, and a field would not turn along
+        self._cell = np.asarray(template.cell)
+        may_be_turned = bool(self._pbc.any() or template.pbc.all())
+        self._oriented = not (may_be_turned and bool((self.prepared.field != 0).any()))
 
     @classmethod
     def from_settings(cls, settings: Settings, template: Atoms) -> Evaluator:
@@ -89,7 +92,7 @@ class Evaluator:
 
         Parameters
         ----------
-        cells : [b, 3, 3] bohr, i-PI's matrix h (lattice vectors are columns); ignored with an open boundary
+        cells : [b, 3, 3] bohr, i-PI's matrix h (lattice vectors are columns), ignored along open directions
         positions : [b, n, 3] bohr
         replicas : b names of replicas, for continuous positions; None: the place in the batch
 
@@ -107,7 +110,7 @@ class Evaluator:
             raise InputError(f"cells have shape {cells.shape} for {b} structures: give one 3 x 3 matrix for each")
         rows = np.ascontiguousarray(cells.transpose(0, 2, 1)) * BOHR
         if not self._oriented:
-            refuse_turned(self.prepared.cell[0].cpu().numpy(), rows[0])
+            refuse_turned(self._cell, rows[0], self._pbc)
             self._oriented = True
         response = self.evaluate_systems(rows, positions * BOHR, replicas)
         return self._results(response, b)
@@ -128,7 +131,7 @@ class Evaluator:
         self._refuse_not_finite(cells, positions)
         parts = []
         for i, key in enumerate(keys):
-            cell = cells[i] if self._pbc.any() else np.zeros((3, 3))
+            cell = np.where(self._pbc[:, None], cells[i], 0.0)
             r = self._unwrap(positions[i], cell, key)
             changes = {"positions": self._tensor(r), "cell": self._tensor(cell[None])}
             if fields is not None:
@@ -161,12 +164,14 @@ class Evaluator:
         if not np.isfinite(positions).all():
             structure, atom = np.argwhere(~np.isfinite(positions))[0][:2]
             raise VoltPIError(
-                f"the position of atom {atom} (replica {structure}) is not a finite number: the run has exploded; "
-                "restart from an earlier checkpoint with a shorter timestep"
+                f"the position of atom {atom}{_of(structure, len(positions))} is not a finite number: the run has "
+                "exploded; restart from an earlier checkpoint with a shorter timestep"
             )
-        if self._pbc.any() and not np.isfinite(cells).all():
+        bad = ~np.isfinite(cells[:, self._pbc]).all(axis=(1, 2))
+        if bad.any():
             raise VoltPIError(
-                "the cell is not finite: the run has exploded; restart with a shorter timestep or barostat tau"
+                f"the cell{_of(int(bad.argmax()), len(cells))} is not finite: the run has exploded; restart with a "
+                "shorter timestep or barostat tau"
             )
 
     def _start(self, systems: Systems) -> Response | None:
@@ -189,8 +194,12 @@ class Evaluator:
         forces = _numpy(response.forces).reshape(b, -1, 3) / (HARTREE / BOHR)
         virial = _numpy(response.virial) / HARTREE
         for name, value in (("energy", energy), ("forces", forces), ("virial", virial)):
-            if not np.isfinite(value).all():
-                raise VoltPIError(f"the {name} came out as not a finite number: restart with a shorter timestep")
+            bad = ~np.isfinite(value.reshape(b, -1)).all(axis=1)
+            if bad.any():
+                raise VoltPIError(
+                    f"the {name}{_of(int(bad.argmax()), b)} came out as not a finite number: restart with a shorter "
+                    "timestep"
+                )
         extras = self._extras(response, b)
         return [Result(float(energy[i]), forces[i], virial[i], extras[i]) for i in range(b)]
 
@@ -209,6 +218,11 @@ class Evaluator:
         if response.polarizability is not None:
             columns["polarizability"] = _numpy(response.polarizability) / BOHR**3
         return [{key: value[i].tolist() for key, value in columns.items()} for i in range(b)]
+
+
+def _of(structure: int, b: int) -> str:
+    """Which structure of a batch of ``b`` a message is about."""
+    return f" of structure {structure}" if b > 1 else ""
 
 
 def _numpy(tensor: torch.Tensor) -> Array:

@@ -5,6 +5,7 @@ Read before anything is started, so that mistakes cost a sentence instead of a r
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,14 +14,14 @@ from typing import Any, Literal
 
 from voltpi.potential.errors import InputError
 
-__all__ = ["DirectForceField", "RunInput", "SocketForceField", "read_input"]
+__all__ = ["Barostat", "DirectForceField", "RunInput", "SocketForceField", "read_input"]
 
 _PES_FILE = Path(__file__).with_name("pes.py")
 
 
 @dataclass(frozen=True)
 class SocketForceField:
-    """An ``<ffsocket>``: i-PI listens, drivers connect."""
+    """An ``<ffsocket>``: i-PI listens, drivers connect. ``wraps`` where it folds atoms into the cell first."""
 
     name: str
     mode: Literal["unix", "inet", "shm"]
@@ -28,11 +29,15 @@ class SocketForceField:
     port: int
     batch_size: int
     latency: float
+    wraps: bool = False
 
 
 @dataclass(frozen=True)
 class DirectForceField:
-    """An ``<ffdirect>``: i-PI evaluates inside its own process. ``ours`` where it loads VoltPI's PES."""
+    """An ``<ffdirect>``: i-PI evaluates inside its own process.
+
+    ``ours`` where it loads VoltPI's PES, ``wraps`` where it folds atoms into the cell first.
+    """
 
     name: str
     pes: str
@@ -40,6 +45,20 @@ class DirectForceField:
     parameters: dict[str, Any]
     batch_size: int
     ours: bool
+    wraps: bool = False
+
+
+@dataclass(frozen=True)
+class Barostat:
+    """What changes the cell: i-PI's ``mode`` for it, and the entries of h (``xx``, ``xz``, …) that it holds ``fixed``."""
+
+    mode: str
+    fixed: frozenset[str]
+
+    def changes(self, direction: int) -> bool:
+        """Whether lengths along this axis (0, 1, 2 for x, y, z) change, or what lies along it is sheared."""
+        pairs = ("".join(sorted("xyz"[direction] + other)) for other in "xyz")
+        return not self.fixed.issuperset(pairs)
 
 
 @dataclass(frozen=True)
@@ -56,6 +75,8 @@ class RunInput:
     template: Path | None  # the start structure; None: a checkpoint, which holds none
     prefix: str
     properties: tuple[Path, ...]  # files with a column `step`, in full
+    barostat: Barostat | None
+    cell_is_given: bool  # by the input itself, and not only by the start structure
 
     @property
     def folder(self) -> Path:
@@ -116,6 +137,8 @@ def read_input(xml: str | Path) -> RunInput:
         template=_template(tags, path.parent),
         prefix=prefix,
         properties=tuple(path.parent / name for name in _step_files(root, prefix)),
+        barostat=_barostat(root),
+        cell_is_given=any(element.find("cell") is not None for element in root.iter("initialize")),
     )
 
 
@@ -162,7 +185,12 @@ def _socket(tags: _Tags, element: ET.Element) -> SocketForceField:
         port=port,
         batch_size=tags.number(element, "batch_size", 1, int, least=1),
         latency=tags.number(element, "latency", 1e-4, float, least=0),
+        wraps=_wraps(element),
     )
+
+
+def _wraps(element: ET.Element) -> bool:
+    return element.get("pbc", "false").strip().lower() == "true"
 
 
 def _direct(tags: _Tags, element: ET.Element, folder: Path) -> DirectForceField:
@@ -190,7 +218,7 @@ def _direct(tags: _Tags, element: ET.Element, folder: Path) -> DirectForceField:
                 "paths are relative to that folder",
             )
     batch_size = tags.number(element, "batch_size", 1, int, least=1)
-    return DirectForceField(name, pes, pes_path, parameters, batch_size, ours)
+    return DirectForceField(name, pes, pes_path, parameters, batch_size, ours, _wraps(element))
 
 
 def _parameters(tags: _Tags, element: ET.Element, here: str) -> dict[str, Any]:
@@ -245,6 +273,20 @@ def _timestep(root: ET.Element) -> float | None:
     except (ValueError, TypeError, KeyError):
         return None  # i-PI says what is wrong with it
     return float(unit_to_user("time", "femtosecond", internal))
+
+
+def _barostat(root: ET.Element) -> Barostat | None:
+    for dynamics in root.iter("dynamics"):
+        barostat = dynamics.find("barostat")
+        if dynamics.get("mode", "nve").strip() not in ("npt", "nst", "scnpt") or barostat is None:
+            continue
+        mode = barostat.get("mode", "dummy").strip()
+        fixed = {"".join(sorted(entry)) for entry in re.findall(r"\b[xyz]{2}\b", _text(barostat, "hfix"))}
+        if "offdiagonal" in _text(barostat, "hfix"):
+            fixed |= {"xy", "xz", "yz"}
+        if mode != "dummy":
+            return Barostat(mode, frozenset(fixed))
+    return None
 
 
 def _template(tags: _Tags, folder: Path) -> Path | None:

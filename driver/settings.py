@@ -236,7 +236,13 @@ def _coulomb_constant(value: Any) -> Any:
 
 
 class Coulomb(_Strict):
-    """How the Coulomb sum is done, and to which accuracy (relative force error)."""
+    """How the Coulomb sum is done, and to which accuracy (relative force error).
+
+    boundary : ``auto`` takes the periodic directions of the file; ``slab-z`` is periodic along the cell vectors a and b
+        and open along the normal of their plane, whatever c is (``slab-x``: along b and c; ``slab-y``: along a and c)
+    method : ``auto`` sums small clusters pair by pair and everything else by particle-mesh Ewald; ``direct`` insists on
+        the first, ``ewald`` and ``pme`` (one and the same: the Ewald sum is always done on a mesh) on the second
+    """
 
     method: Literal["auto", "direct", "ewald", "pme", "taper"] = "auto"
     boundary: Literal[
@@ -434,7 +440,11 @@ def _contradictions(s: Settings) -> Iterator[tuple[str, str]]:
     if coulomb.method == "direct" and coulomb.boundary not in ("auto", "open"):
         yield "coulomb.method", f"coulomb.method: direct is for open boundaries, not {coulomb.boundary}; use auto"
     if coulomb.method in ("ewald", "pme") and coulomb.boundary == "open":
-        yield "coulomb.method", f"coulomb.method: {coulomb.method} needs a periodic boundary, not open; use auto"
+        yield (
+            "coulomb.method",
+            f"coulomb.method: {coulomb.method} needs a periodic boundary, not open; use auto, which sums large "
+            "clusters on a mesh by itself",
+        )
     names = [e.name for e in s.electrodes]
     for name in sorted({n for n in names if names.count(n) > 1}):
         yield "electrodes", f"two electrodes are called {name}; give each its own name"

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from ase import Atoms
 from ase.cell import Cell
+from ase.data import covalent_radii
+from ase.geometry import complete_cell
 from ase.io import read as read_with_ase
 from numpy.typing import NDArray
 
@@ -19,9 +21,27 @@ if TYPE_CHECKING:
     from voltpi.potential.model import Potential
     from voltpi.potential.systems import Systems
 
-__all__ = ["frame_field", "prepare_frame", "read_structures", "refuse_ipis_orientation", "refuse_turned"]
+__all__ = [
+    "frame_field",
+    "periodic_directions",
+    "prepare_frame",
+    "read_structures",
+    "refuse_ipis_cell",
+    "refuse_turned",
+]
 
 _IPI_CELL = re.compile(rb"#\s*CELL[\(\[\{]")
+_GIVEN_PERIODIC = {
+    "open": (False, False, False),
+    "periodic": (True, True, True),
+    "slab-x": (False, True, True),
+    "slab-y": (True, False, True),
+    "slab-z": (True, True, False),
+}
+# Å; a gap between atoms that is wider than this is taken for vacuum in advice
+_VACUUM = 3.5
+# Å; i-PI reads no checkpoint whose cell has more than 1e-10 bohr below the diagonal
+_BELOW_DIAGONAL = 5e-11
 
 
 def read_structures(path: str | Path) -> list[Atoms]:
@@ -103,8 +123,10 @@ def prepare_frame(atoms: Atoms, settings: Settings, potential: Potential, frame:
     """
     from voltpi.potential.systems import Systems
 
+    bare = _with_boundary(atoms, settings, frame)
+    _refuse_cut(atoms, bare.pbc, settings, frame)
     systems = Systems.from_atoms(
-        _with_boundary(atoms, settings, frame),
+        bare,
         field=frame_field(atoms, settings, frame),
         net_charge=settings.charges.net_charge,
         device=potential.device,
@@ -127,8 +149,13 @@ def prepare_frame(atoms: Atoms, settings: Settings, potential: Potential, frame:
     return prepared
 
 
-def refuse_turned(own: NDArray[np.float64], cell: NDArray[np.float64]) -> None:
-    """Raises InputError where ``cell`` [3, 3] (Å, rows) is ``own`` turned: a field does not turn along."""
+def refuse_turned(own: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_]) -> None:
+    """Raises InputError where ``cell`` is ``own`` turned ([3, 3], Å, rows): a field does not turn along.
+
+    The vectors of open directions count only where no direction is periodic.
+    """
+    if pbc.any():
+        own, cell = own[pbc], cell[pbc]
     same_shape = np.allclose(cell @ cell.T, own @ own.T, rtol=1e-4, atol=1e-4)
     if same_shape and not np.allclose(cell, own, atol=1e-3):
         raise InputError(
@@ -137,40 +164,131 @@ def refuse_turned(own: NDArray[np.float64], cell: NDArray[np.float64]) -> None:
         )
 
 
-def refuse_ipis_orientation(atoms: Atoms, settings: Settings) -> None:
-    """What ``refuse_turned`` would find at the first step of a run: i-PI turns the cell of a periodic file on reading.
+def refuse_ipis_cell(atoms: Atoms, settings: Settings, *, cell_is_given: bool = False) -> None:
+    """Raises InputError for a start structure in a cell that i-PI would turn, or could not use.
 
-    Raises InputError for a start structure that is periodic throughout and in a field, in a cell that i-PI would turn.
+    i-PI turns what is periodic throughout, which is what ``refuse_turned`` would find at the first step of a run in a
+    field. Other cells it leaves as they are, but then knows no volume, or writes checkpoints that it cannot read.
+    ``cell_is_given``: the input gives i-PI a cell of its own.
     """
     bare = _with_boundary(atoms, settings, "the structure")
-    if atoms.pbc.all() and bare.pbc.all() and frame_field(atoms, settings).any():
-        own = np.asarray(bare.cell)
-        turned = np.asarray(Cell.new(bare.cell.cellpar())) * [1, 1, np.sign(np.linalg.det(own))]  # it does not mirror
-        refuse_turned(own, turned)
+    cell, throughout = np.asarray(atoms.cell), bool(atoms.pbc.all())
+    if throughout and frame_field(atoms, settings).any():
+        mirror = [1, 1, np.sign(np.linalg.det(cell))]  # it turns, but does not mirror
+        refuse_turned(cell, np.asarray(Cell.new(atoms.cell.cellpar())) * mirror, bare.pbc)
+    if cell_is_given or throughout:
+        return
+    wanted = "a along x, b in the xy plane, c out of it"
+    if np.abs(cell.diagonal()).min() < 1e-6:
+        raise InputError(
+            f"i-PI wants a cell with a volume, also where a direction is open, but that of the start structure is "
+            f"{np.round(cell, 3).tolist()}: give it three vectors ({wanted}); along an open direction, any length "
+            "beyond the atoms"
+        )
+    if np.abs(cell[np.triu_indices(3, 1)]).max() > _BELOW_DIAGONAL:
+        raise InputError(
+            f"i-PI could not read its own checkpoints with the cell of the start structure, "
+            f"{np.round(cell, 3).tolist()}: turn cell and atoms ({wanted}); i-PI does so itself only where the file "
+            "is periodic throughout"
+        )
+
+
+def periodic_directions(atoms: Atoms, settings: Settings) -> NDArray[np.bool_]:
+    """[3], along which cell vectors the structure is periodic: those of the file, or as ``coulomb.boundary`` says."""
+    return np.array(_GIVEN_PERIODIC.get(settings.coulomb.boundary, atoms.pbc), dtype=bool)
 
 
 def _with_boundary(atoms: Atoms, settings: Settings, frame: str) -> Atoms:
-    """The structure with the periodicity that ``coulomb.boundary`` and ``coulomb.method`` ask for."""
-    bare = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
-    boundary, method = settings.coulomb.boundary, settings.coulomb.method
-    if boundary == "open":
-        bare.set_pbc(False)
-    elif boundary == "periodic":
-        bare.set_pbc(True)
-    if bare.pbc.any() and (bare.cell.lengths()[bare.pbc] < 1e-6).any():
-        fix = "give the file a cell (Lattice=...), or set coulomb.boundary: open"
-        raise settings.refusal("coulomb.boundary", f"{frame} is periodic but has no cell; {fix}")
-    if bare.pbc.any() and method == "direct":
+    """The bare structure under the boundary that is asked for; its cell has no vectors along open directions.
+
+    Raises InputError where a cell vector is missing, or ``coulomb.method`` is not for this boundary.
+    """
+    pbc = periodic_directions(atoms, settings)
+    missing = ["abc"[d] for d in range(3) if pbc[d] and atoms.cell.lengths()[d] < 1e-6]
+    if missing:
+        raise settings.refusal(
+            "coulomb.boundary",
+            f"{frame} is periodic but has no cell along {', '.join(missing)}; give the file a cell (Lattice=...), or "
+            "set coulomb.boundary: open",
+        )
+    method = settings.coulomb.method
+    if method == "direct" and pbc.any():
         raise settings.refusal(
             "coulomb.method", f"coulomb.method: direct is for open boundaries but {frame} is periodic; use auto"
         )
-    if not bare.pbc.all() and method == "ewald":
+    if method == "direct":
+        from voltpi.potential.electrostatics.ewald import DIRECT_BELOW
+
+        if len(atoms) > DIRECT_BELOW:
+            raise settings.refusal(
+                "coulomb.method",
+                f"coulomb.method: direct is for up to {DIRECT_BELOW} atoms but {frame} has {len(atoms)}; use auto, "
+                "which sums them on a mesh, to coulomb.accuracy",
+            )
+    if method in ("ewald", "pme") and not pbc.any():
         raise settings.refusal(
-            "coulomb.method", f"coulomb.method: ewald needs a periodic boundary but {frame} is open; use auto"
+            "coulomb.method",
+            f"coulomb.method: {method} needs a periodic boundary but {frame} is open; use auto, which sums large "
+            "clusters on a mesh by itself",
         )
-    if not bare.pbc.any():
-        bare.set_cell(None)
-    return bare
+    return Atoms(
+        numbers=atoms.numbers, positions=atoms.positions, cell=np.where(pbc[:, None], atoms.cell, 0.0), pbc=pbc
+    )
+
+
+def _refuse_cut(atoms: Atoms, pbc: NDArray[np.bool_], settings: Settings, frame: str) -> None:
+    """Raises InputError where the file's cell cuts a molecule or slab along an open direction.
+
+    That is, two atoms are bonded across an open face of the cell and nowhere else. Along directions in which the atoms
+    reach beyond one cell vector they have not been wrapped into the cell, so it cuts nothing.
+    """
+    from voltpi.potential.fragments import BOND_TOLERANCE, IONS
+    from voltpi.potential.neighbors import neighbor_list
+    from voltpi.potential.systems import Systems
+
+    cell = np.asarray(atoms.cell)
+    if pbc.all() or not (np.isfinite(cell).all() and np.isfinite(atoms.positions).all()):
+        return  # what is not finite is refused elsewhere
+    full = complete_cell(cell)
+    if np.linalg.svd(full, compute_uv=False).min() < 1e-4:
+        return
+    fractional = np.linalg.solve(full.T, atoms.positions.T).T
+    closed = ~pbc & cell.any(axis=1) & (np.ptp(fractional, axis=0) < 1)
+    if not closed.any():
+        return
+    around = Systems.from_atoms(Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=full, pbc=pbc | closed))
+    radii = covalent_radii[atoms.numbers]
+    index, shift, vectors = (
+        x.numpy() for x in neighbor_list(around, float(2 * BOND_TOLERANCE * radii.max()), half=True)
+    )
+    i, j = np.sort(index, axis=0)
+    length = np.linalg.norm(vectors, axis=1)
+    ion = np.isin(atoms.numbers, IONS)
+    bonded = (length < BOND_TOLERANCE * (radii[i] + radii[j])) & ~(ion[i] & ion[j]) & (i != j)
+    across = (shift[:, closed] != 0).any(axis=1)
+    pair = i * len(atoms) + j
+    cut = bonded & across & ~np.isin(pair, pair[bonded & ~across])
+    if not cut.any():
+        return
+    k = int(np.flatnonzero(cut)[length[cut].argmin()])
+    d = int(np.flatnonzero(closed & (shift[k] != 0))[0])
+    names = " and ".join(f"{atom} ({atoms.symbols[atom]})" for atom in (i[k], j[k]))
+    raise settings.refusal(
+        "coulomb.boundary",
+        f"{frame} is cut by its cell: atoms {names} are bonded ({length[k]:.2f} Å) only across the open direction "
+        f"{'abc'[d]}; {_mend(full, fractional, d)}, or lengthen that cell vector if the cut is meant",
+    )
+
+
+def _mend(cell: NDArray[np.float64], fractional: NDArray[np.float64], d: int) -> str:
+    """What brings the atoms together along cell vector ``d``, in which they are cut."""
+    along = np.sort(fractional[:, d] % 1)
+    gaps = np.diff(along, append=along[0] + 1)
+    widest = int(gaps.argmax())
+    if gaps[widest] / np.linalg.norm(np.linalg.inv(cell)[:, d]) < _VACUUM:
+        return "put molecules that the cell cuts together, choose a boundary that is periodic there"
+    shift = (1 - along[widest] - 0.5 * gaps[widest]) % 1
+    return f"shift the slab along {'abc'[d]} by {shift:.2f} of that cell vector and wrap it into the cell"
 
 
 def _fragment_labels(atoms: Atoms, settings: Settings, potential: Potential, frame: str) -> NDArray[np.int64]:

@@ -17,11 +17,11 @@ from voltpi.potential.errors import InputError
 from voltpi.potential.neighbors import neighbor_list
 from voltpi.potential.systems import Systems
 
-__all__ = ["BOND_TOLERANCE", "assign_fragments", "check_whole", "percolating", "whole_positions"]
+__all__ = ["BOND_TOLERANCE", "IONS", "assign_fragments", "check_whole", "percolating", "whole_positions"]
 
 BOND_TOLERANCE = 1.25
 """Two atoms are bonded below this multiple of the sum of their covalent radii (O–H: 1.21 Å)."""
-_IONS = (3, 11, 19, 37, 55, 87, 20, 38, 56, 88)
+IONS = (3, 11, 19, 37, 55, 87, 20, 38, 56, 88)
 """Alkali and alkaline-earth metals bond to nothing.
 
 They are ions wherever molecules keep their charges, and their covalent radii (Na: 1.66 Å) reach the first solvation
@@ -34,7 +34,7 @@ def _bonds(systems: Systems) -> tuple[np.ndarray, np.ndarray]:
     radii = torch.as_tensor(covalent_radii, dtype=torch.float64, device=systems.device)[systems.numbers]
     pairs = neighbor_list(systems, float(2 * BOND_TOLERANCE * radii.max()))
     i, j = pairs.index
-    ion = torch.isin(systems.numbers, torch.tensor(_IONS, device=systems.device))
+    ion = torch.isin(systems.numbers, torch.tensor(IONS, device=systems.device))
     length = pairs.vectors.norm(dim=-1) / (radii[i] + radii[j])
     length[ion[i] | ion[j]] = torch.inf
     bonded = length < BOND_TOLERANCE
@@ -152,11 +152,9 @@ def check_whole(systems: Systems) -> None:
     apart = (length > 2 * (radii + radii[systems.parents])).nonzero()[:, 0]
     if apart.numel():
         atom, parent = int(apart[0]), int(systems.parents[apart[0]])
-        symbols = systems.symbols
         raise InputError(
-            f"atoms {parent} ({symbols[parent]}) and {atom} ({symbols[atom]}) belong to one fragment but are "
-            f"{float(length[atom]):.2f} Å apart: its dipole is not well defined in a cell; use charges.response "
-            "shells, or fragments that stay bonded"
+            f"{systems.name(parent, atom)} belong to one fragment but are {float(length[atom]):.2f} Å apart: its "
+            "dipole is not well defined in a cell; use charges.response shells, or fragments that stay bonded"
         )
 
 
@@ -204,6 +202,8 @@ def percolating(systems: Systems) -> Tensor:
     for b in range(systems.n_systems):
         own = systems.batch[i] == b
         if bool(systems.pbc[b].any()) and bool(own.any()):
-            images = torch.linalg.lstsq(systems.cell[b].T, gap[own].T).solution.T
+            rows = systems.cell[b] * systems.pbc[b][:, None]
+            full = torch.as_tensor(complete_cell(rows.detach().cpu().numpy()), device=systems.device)
+            images = torch.linalg.solve(full.T, gap[own].T).T
             out[b] = (images.abs() > 0.5).any(0) & systems.pbc[b]
     return out

@@ -110,10 +110,9 @@ def check_geometry(systems: Systems) -> None:
     Raises InputError for NaN or infinite numbers (positions, cell, field, net charge), a periodic direction without a
     cell vector, dependent cell vectors, atoms that have left an open structure, and overlapping atoms.
     """
-    symbols = systems.symbols
     if not bool(torch.isfinite(systems.positions).all()):
         atom = int((~torch.isfinite(systems.positions).all(-1)).nonzero()[0])
-        raise InputError(f"position of atom {atom} ({symbols[atom]}) is not a finite number: check the structure")
+        raise InputError(f"position of {systems.name(atom)} is not a finite number: check the structure")
     if not bool(torch.isfinite(systems.cell).all()):
         raise InputError("the cell holds a number that is not finite: check the structure")
     for key, unit, values in (("field", "V/Å", systems.field), ("charges.net_charge", "e", systems.net_charge)):
@@ -138,7 +137,7 @@ def check_geometry(systems: Systems) -> None:
     if pairs.index.shape[1]:
         i, j = (int(k) for k in pairs.index[:, 0])
         raise InputError(
-            f"atoms {i} ({symbols[i]}) and {j} ({symbols[j]}) are {float(pairs.vectors[0].norm()):.3f} Å apart "
+            f"{systems.name(i, j)} are {float(pairs.vectors[0].norm()):.3f} Å apart "
             f"(less than {MINIMUM_DISTANCE} Å): two atoms overlap, check the structure and its cell"
         )
 
@@ -167,6 +166,6 @@ def _check_extent(systems: Systems, rows: Tensor) -> None:
     distance = (along - along.median()).abs()
     atom = int(atoms[distance.argmax()])
     raise InputError(
-        f"atom {atom} ({systems.symbols[atom]}) is {float(distance.max()):.3g} Å from the rest in an open direction: "
+        f"{systems.name(atom)} is {float(distance.max()):.3g} Å from the rest in an open direction: "
         "the run has exploded; shorten the timestep"
     )

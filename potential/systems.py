@@ -112,6 +112,17 @@ class Systems:
         """Atoms of each structure [b]."""
         return torch.bincount(self.batch, minlength=self.n_systems).tolist()
 
+    def name(self, *atoms: int) -> str:
+        """Some atoms of one structure for a message: ``atom 3 (O)``, ``atoms 3 (O) and 4 (H)``.
+
+        Atoms are counted within their structure; a batch of several adds ``of structure 1``.
+        """
+        b = int(self.batch[atoms[0]])
+        first = int((self.batch < b).sum())
+        names = " and ".join(f"{k - first} ({chemical_symbols[int(self.numbers[k])]})" for k in atoms)
+        where = f" of structure {b}" if self.n_systems > 1 else ""
+        return f"{'atom' if len(atoms) == 1 else 'atoms'} {names}{where}"
+
     def replace(self, **changes: Tensor | None) -> Systems:
         """Copy with some tensors exchanged."""
         return replace(self, **changes)

@@ -218,7 +218,9 @@ class CoulombOperator:
         found = [torch.triu_indices(counts[b], counts[b], offset=1, device=device) + int(first[b]) for b in members]
         index = torch.cat(found, dim=1)
         vectors = self.system.positions[index[1]] - self.system.positions[index[0]]
-        return [Pairs(index, vectors, self._exponent(index), self.system.batch[index[0]], 0.0, math.inf)]
+        exponent = self._exponent(index)
+        kinds = (exponent[:0], torch.zeros_like(index[0]))  # the kernel is not tabulated
+        return [Pairs(index, vectors, exponent, self.system.batch[index[0]], 0.0, math.inf, kinds)]
 
     def _exponent(self, index: Tensor) -> Tensor:
         a, b = self.alpha[index[0]], self.alpha[index[1]]
@@ -365,8 +367,22 @@ class _MeshSum:
         else:
             vectors = found.vectors
         index = torch.stack([self.atoms[i], self.atoms[j]])
-        s = self.splitting
-        return Pairs(index, vectors, operator._exponent(index), parts.batch[index[0]], s.beta, s.cutoff)
+        s, kinds = self.splitting, len(self.inverse)
+        together = 1 / (self.inverse[:, None] + self.inverse)
+        kind = self.kind[i] * kinds + self.kind[j]
+        return Pairs(
+            index=index,
+            vectors=vectors,
+            exponent=together.reshape(-1)[kind],
+            structure=parts.batch[index[0]],
+            beta=s.beta,
+            cutoff=s.cutoff,
+            kinds=(torch.where(self.split, together, self._sharpest(together)).reshape(-1), kind),
+        )
+
+    def _sharpest(self, together: Tensor) -> Tensor:
+        """In place of exponents of pairs that are not summed here."""
+        return together[self.split].max()
 
     def background(self, charges: Tensor) -> Tensor:
         """Potential of the uniform background that k = 0 of the real-space part leaves behind, [n] (V)."""
@@ -409,7 +425,7 @@ class LongWaves:
         waves = torch.fft.rfftn(grid, dim=(1, 2, 3)).reshape(len(grid), -1)
         n1, n2, n3 = self.mesh.box.shape
         felt = (self.filter * waves).reshape(-1, n1, n2, n3 // 2 + 1)
-        return self.sites.gather(torch.fft.irfftn(felt, s=(n1, n2, n3), dim=(1, 2, 3)))
+        return self.sites.gather(self.mesh.back(felt))
 
 
 class _MeshState:

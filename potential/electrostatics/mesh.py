@@ -40,6 +40,9 @@ from voltpi.potential.electrostatics.window import Resolution, cached_window
 __all__ = ["Mesh", "MeshBox", "Sites", "make_sites"]
 
 
+_TOGETHER = 131072  # mesh points of one inverse transform on a CPU
+
+
 class MeshBox(NamedTuple):
     """Where a mesh lies.
 
@@ -344,7 +347,20 @@ class Mesh:
         """Grid [replica · channel, n1, n2, n3] of the potential that each channel feels."""
         n1, n2, n3 = self.box.shape
         felt = self.felt(structure).reshape(-1, n1, n2, n3 // 2 + 1)
-        return torch.fft.irfftn(felt, s=(n1, n2, n3), dim=(1, 2, 3))
+        return self.back(felt)
+
+    def back(self, felt: Tensor) -> Tensor:
+        """Inverse transforms [m, n1, n2, n3] of [m, n1, n2, n3/2 + 1]."""
+        shape = self.box.shape
+        share = len(felt)
+        if felt.device.type == "cpu":  # a few at a time stay in the cache: 1.4 times faster for 64 of 25³
+            share = max(1, _TOGETHER // math.prod(shape))
+        if share >= len(felt):
+            return torch.fft.irfftn(felt, s=shape, dim=(1, 2, 3))
+        out = torch.empty(len(felt), *shape, dtype=self.dtype)
+        for first in range(0, len(felt), share):
+            out[first : first + share] = torch.fft.irfftn(felt[first : first + share], s=shape, dim=(1, 2, 3))
+        return out
 
     def felt(self, structure: Tensor) -> Tensor:
         """Kernel matrix times structure factors [replica, channel, k]."""

@@ -1,4 +1,4 @@
-"""Loops of the mesh on a CPU, compiled by numba; they release the interpreter lock, so that threads share a mesh.
+"""Loops of mesh and pairs on a CPU, compiled by numba; they release the interpreter lock, so that threads share them.
 
 Against the same sums by torch ``index_add``/``gather`` (:class:`voltpi.potential.electrostatics.mesh.TorchSites`), 2160
 atoms, windows of 10 points, one core: spread 9.3 against 118 ms, gather 12 against 150 ms.
@@ -29,6 +29,7 @@ __all__ = [
     "in_parallel",
     "mix_matrix",
     "mix_product",
+    "pair_field",
     "shares",
     "spread",
     "spread_dipoles",
@@ -271,6 +272,62 @@ def mix_matrix(begin: int, end: int, matrix: Array, structure: Any, out: Any) ->
                 for b in range(1, channels):
                     total += matrix[a, b, k] * structure[r, b, k]
                 out[r, a, k] = total
+
+
+@_jit
+def pair_field(
+    begin: int,
+    end: int,
+    index: Any,
+    vectors: Array,
+    kind: Any,
+    table: Array,
+    step: float,
+    shells: Array,
+    charges: Array,
+    out: Array,
+    pull: Array,
+) -> None:
+    """Potential and gradient at cores and shells [n, 8] from pairs begin … end, with tabulated kernels.
+
+    ``table`` [kinds, intervals, 8] holds powers of the distance from an interval's middle in u = r², each interval
+    ``step`` wide; beyond the last one there is no interaction. ``pull`` [p, 3]: Σ Q Q' B₁ d of every pair.
+    """
+    intervals = table.shape[1]
+    for p in range(begin, end):
+        i, j, t = index[0, p], index[1, p], kind[p]
+        px = py = pz = 0.0
+        for a in range(2):
+            for b in range(2):
+                x = vectors[p, 0] + b * shells[j, 0] - a * shells[i, 0]
+                y = vectors[p, 1] + b * shells[j, 1] - a * shells[i, 1]
+                z = vectors[p, 2] + b * shells[j, 2] - a * shells[i, 2]
+                where = (x * x + y * y + z * z) / step
+                k = int(where)
+                if k >= intervals:
+                    continue
+                c = table[t, k]
+                v = (where - k - 0.5) * step
+                b0 = c[7]
+                slope = 0.0
+                for power in range(6, -1, -1):
+                    slope = slope * v + b0
+                    b0 = b0 * v + c[power]
+                b1 = -2.0 * slope
+                qi, qj = charges[a, i], charges[b, j]
+                out[i, 4 * a] += b0 * qj
+                out[i, 4 * a + 1] += b1 * qj * x
+                out[i, 4 * a + 2] += b1 * qj * y
+                out[i, 4 * a + 3] += b1 * qj * z
+                out[j, 4 * b] += b0 * qi
+                out[j, 4 * b + 1] -= b1 * qi * x
+                out[j, 4 * b + 2] -= b1 * qi * y
+                out[j, 4 * b + 3] -= b1 * qi * z
+                w = b1 * qi * qj
+                px += w * x
+                py += w * y
+                pz += w * z
+        pull[p, 0], pull[p, 1], pull[p, 2] = px, py, pz
 
 
 @lru_cache(maxsize=1)

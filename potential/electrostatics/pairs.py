@@ -7,11 +7,16 @@ B₀, B₁, B₂ (:mod:`voltpi.potential.electrostatics.gaussians`) at the four 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from voltpi.potential.electrostatics import mesh_kernels as kernels
 from voltpi.potential.electrostatics.gaussians import erf_kernel, smooth_switch, switched
 
 __all__ = ["SWITCH_WIDTH", "PairState", "Pairs"]
@@ -29,6 +34,7 @@ class Pairs(NamedTuple):
     structure : [p], the structure of the batch that the pair belongs to
     beta : 1/Å, splitting width; 0: the whole kernel
     cutoff : Å; without a splitting it has no meaning
+    kinds : the different exponents [t], and which [p] a pair has
     """
 
     index: Tensor
@@ -37,6 +43,12 @@ class Pairs(NamedTuple):
     structure: Tensor
     beta: float
     cutoff: float
+    kinds: tuple[Tensor, Tensor]
+
+
+_NODES = 8  # Chebyshev points of an interval of a table
+_INTERVALS = 100  # the switch begins on one of their ends: 0.9² = 81/100
+_FINEST = 0.25  # width of an interval times the larger exponent
 
 
 class PairState:
@@ -46,39 +58,65 @@ class PairState:
     ----------
     potential : [2, n], V, at cores and shells
     gradient : [2, n, 3], V/Å
+    pull : [p, 3], eV/Å, Σ Q Q' B₁ d over the four combinations of a pair
     """
 
     def __init__(self, pairs: Pairs, site_charges: Tensor, shells: Tensor, k_e: float) -> None:
-        self.pairs, self.site_charges = pairs, site_charges
-        i, j = pairs.index
-        n = len(shells)
-        offset = torch.stack([torch.zeros_like(shells), shells], dim=1)  # [n, site, 3]
-        # d[p, a, b]: from site a of i to site b of j
-        d = pairs.vectors[:, None, None] + offset[j][:, None, :] - offset[i][:, :, None]
-        u = d.square().sum(-1)
-        kernel = erf_kernel(u, pairs.exponent[:, None, None].expand_as(u))
-        if pairs.beta:
-            long = erf_kernel(u, torch.full_like(u, pairs.beta**2))
-            switch = smooth_switch(u, ((1 - SWITCH_WIDTH) * pairs.cutoff) ** 2, pairs.cutoff**2)
-            kernel = switched(tuple(a - b for a, b in zip(kernel, long, strict=True)), switch)
-        self.d = d
-        self.b0, self.b1, self.b2 = b0, b1, _ = tuple(k_e * b for b in kernel)
-        by_i, by_j = site_charges.T[i][:, :, None], site_charges.T[j][:, None, :]  # [p, site, site]
-        felt = torch.zeros(n, 2, 4, dtype=d.dtype, device=d.device)
+        self.pairs, self.site_charges, self.shells, self.k_e = pairs, site_charges, shells, k_e
+        self._kernel: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        felt = self._tabulated() if pairs.beta and shells.device.type == "cpu" else self._summed()
+        self.potential = felt[..., 0].T
+        self.gradient = felt[..., 1:].transpose(0, 1)
+
+    def _tabulated(self) -> Tensor:
+        """Potential and gradient [n, site, 4] by compiled loops over tabulated kernels."""
+        pairs = self.pairs
+        exponents, kind = pairs.kinds
+        table, step = _table(tuple(exponents.tolist()), pairs.beta, pairs.cutoff, self.k_e)
+        n, count = len(self.shells), len(kind)
+        threads = torch.get_num_threads() if count > 100_000 else 1
+        out = np.zeros((threads, n, 8))
+        pull = np.empty((count, 3))
+        fixed: list[Any] = [pairs.index.numpy(), pairs.vectors.numpy(), kind.numpy(), table, step]
+        fixed += [self.shells.contiguous().numpy(), self.site_charges.contiguous().numpy()]
+        parts = kernels.shares(count, threads)
+        kernels.in_parallel(lambda a, b: kernels.pair_field(a, b, *fixed, out[parts.index((a, b))], pull), parts)
+        self.pull = torch.from_numpy(pull)
+        return torch.from_numpy(out.sum(0)).reshape(n, 2, 4)
+
+    def _kernels(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """d [p, 2, 2, 3], from site a of i to site b of j, and B₀, B₁, B₂ there [p, 2, 2]."""
+        if self._kernel is None:
+            pairs = self.pairs
+            i, j = pairs.index
+            offset = torch.stack([torch.zeros_like(self.shells), self.shells], dim=1)  # [n, site, 3]
+            d = pairs.vectors[:, None, None] + offset[j][:, None, :] - offset[i][:, :, None]
+            u = d.square().sum(-1)
+            kernel = _radial(u, pairs.exponent[:, None, None].expand_as(u), pairs.beta, pairs.cutoff)
+            b0, b1, b2 = (self.k_e * b for b in kernel)
+            self._kernel = d, b0, b1, b2
+        return self._kernel
+
+    def _summed(self) -> Tensor:
+        """Potential and gradient [n, site, 4] with the kernels themselves."""
+        i, j = self.pairs.index
+        d, b0, b1, _ = self._kernels()
+        by_i, by_j = self.site_charges.T[i][:, :, None], self.site_charges.T[j][:, None, :]  # [p, site, site]
+        felt = torch.zeros(len(self.shells), 2, 4, dtype=d.dtype, device=d.device)
         felt.index_add_(0, i, torch.cat([(b0 * by_j).sum(2, keepdim=True), ((b1 * by_j)[..., None] * d).sum(2)], dim=2))
         pull = ((b1 * by_i)[..., None] * d).sum(1)
         felt.index_add_(0, j, torch.cat([(b0 * by_i).sum(1)[..., None], -pull], dim=2))
-        self.potential = felt[..., 0].T
-        self.gradient = felt[..., 1:].transpose(0, 1)
+        self.pull = ((by_i * by_j * b1)[..., None] * d).sum((1, 2))
+        return felt
 
     def linearize(self, shell_charge: Tensor) -> Tensor:
         """Builds the blocks [p, 4, 4] in (q, Δ) that ``product`` needs; returns ∇∇φ at the shells, [n, 3, 3]."""
         i, j = self.pairs.index
         qs_i, qs_j = shell_charge[i], shell_charge[j]
-        d, b1, b2 = self.d, self.b1, self.b2
+        d, b0, b1, b2 = self._kernels()
         eye = torch.eye(3, dtype=d.dtype, device=d.device)
         block = torch.empty(len(b1), 4, 4, dtype=d.dtype, device=d.device)
-        block[:, 0, 0] = self.b0[:, 0, 0]
+        block[:, 0, 0] = b0[:, 0, 0]
         block[:, 0, 1:] = -(qs_j * b1[:, 0, 1])[:, None] * d[:, 0, 1]
         block[:, 1:, 0] = (qs_i * b1[:, 1, 0])[:, None] * d[:, 1, 0]
         between, qq = d[:, 1, 1], qs_i * qs_j
@@ -112,17 +150,41 @@ class PairState:
         dd = dsite[j][:, None, :] - dsite[i][:, :, None]
         qi, qj = self.site_charges.T[i][:, :, None], self.site_charges.T[j][:, None, :]
         dproduct = dcharge[i][:, :, None] * qj + qi * dcharge[j][:, None, :]
-        along = (self.d * dd).sum(-1)
-        change = (dproduct * self.b1 - qi * qj * self.b2 * along)[..., None] * self.d
-        change = (change + (qi * qj * self.b1)[..., None] * dd).sum((1, 2))
+        d, _, b1, b2 = self._kernels()
+        along = (d * dd).sum(-1)
+        change = (dproduct * b1 - qi * qj * b2 * along)[..., None] * d
+        change = (change + (qi * qj * b1)[..., None] * dd).sum((1, 2))
         out = torch.zeros_like(direction[:, 1:])
         out.index_add_(0, i, change)
         return out.index_add_(0, j, -change)
 
     def virial(self, structures: int) -> Tensor:
         """−∂E/∂strain at fixed charges and Δ, [structures, 3, 3]: only the core–core vector of a pair is strained."""
-        i, j = self.pairs.index
-        product = self.site_charges.T[i][:, :, None] * self.site_charges.T[j][:, None, :]
-        pull = ((product * self.b1)[..., None] * self.d).sum((1, 2))
-        out = torch.zeros(structures, 3, 3, dtype=pull.dtype, device=pull.device)
-        return out.index_add_(0, self.pairs.structure, pull[:, :, None] * self.pairs.vectors[:, None])
+        out = torch.zeros(structures, 3, 3, dtype=self.pull.dtype, device=self.pull.device)
+        return out.index_add_(0, self.pairs.structure, self.pull[:, :, None] * self.pairs.vectors[:, None])
+
+
+def _radial(u: Tensor, exponent: Tensor, beta: float, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
+    """B₀, B₁, B₂ at squared distances ``u``; with a splitting less the long-range part, and switched off."""
+    kernel = erf_kernel(u, exponent)
+    if not beta:
+        return kernel
+    long = erf_kernel(u, torch.full_like(u, beta**2))
+    switch = smooth_switch(u, ((1 - SWITCH_WIDTH) * cutoff) ** 2, cutoff**2)
+    a, b, c = (x - y for x, y in zip(kernel, long, strict=True))
+    return switched((a, b, c), switch)
+
+
+@lru_cache(maxsize=16)
+def _table(exponents: tuple[float, ...], beta: float, cutoff: float, k_e: float) -> tuple[NDArray[np.float64], float]:
+    """B₀ of every exponent as polynomials [kinds, intervals, 8] in u from an interval's middle, and its width (Å²).
+
+    Interpolated at Chebyshev points: 1e-12 of the value at the origin, its derivatives those of the polynomial.
+    """
+    intervals = _INTERVALS * math.ceil(cutoff**2 * max(exponents) / (_FINEST * _INTERVALS))
+    step = cutoff**2 / intervals
+    points = np.cos(np.pi * (np.arange(_NODES) + 0.5) / _NODES)
+    to_powers = np.linalg.inv(np.vander(points, increasing=True)) / (0.5 * step) ** np.arange(_NODES)[:, None]
+    u = torch.from_numpy((np.arange(intervals)[:, None] + 0.5 + 0.5 * points) * step)
+    values = [k_e * _radial(u, torch.full_like(u, a), beta, cutoff)[0].numpy() for a in exponents]
+    return np.ascontiguousarray(np.stack(values) @ to_powers.T), step

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from voltpi.potential.electrostatics.elements import ElementParameters, check_parameters, read_parameters
 from voltpi.potential.electrostatics.ewald import CoulombOperator, CoulombState, KernelCache, LongWaves
-from voltpi.potential.electrostatics.solver import HESSIAN_ACCURACY, Segments, Solution, linear_solve, minimize
+from voltpi.potential.electrostatics.solver import Segments, Solution, linear_solve, minimize
 from voltpi.potential.errors import InputError, NoStablePointError, NotConvergedError
 from voltpi.potential.fragments import check_whole, percolating, whole_positions
 from voltpi.potential.systems import Systems

@@ -122,7 +122,7 @@ class _BlockState:
         first, second = self.block.ends(cores, shells)
         self._at_shells(out, -(first * second * self.b1)[..., None] * self.lines)
 
-    def all(self, out: _Sums, cores: Tensor, shells: Tensor) -> None:
+    def derivatives(self, out: _Sums, cores: Tensor, shells: Tensor) -> None:
         """Adds the energy and its derivatives."""
         first, second = self.block.ends(cores, shells)
         product = first * second
@@ -248,7 +248,7 @@ class _Structure:
         assert shells is not None
         sums = _Sums(positions)
         for state in states:
-            state.all(sums, q + z, -z)
+            state.derivatives(sums, q + z, -z)
         g_q = self.chi + self.eta * q + self.external + sums.charges
         g_shells = self.stiff[:, None] * shells + sums.shells + self.shell_coupling * z[:, None] * self.field
         residual = self._residual(g_q, g_shells)

@@ -99,7 +99,7 @@ class Window:
         """∫ φ(t) cos(2πθt) dt, by quadrature of the polynomials that are used."""
         nodes, weights = leggauss(24)
         powers = np.vander(0.5 * nodes, _DEGREE + 1, increasing=True)
-        values = powers @ self.coefficients  # [node, j]
+        values = np.asarray(powers, dtype=np.float64) @ self.coefficients  # [node, j]
         t = 0.5 * nodes[:, None] + 0.5 - np.arange(self.support) + self.support / 2 - 1
         phase = np.cos(2 * math.pi * np.multiply.outer(theta, t))
         return np.asarray((phase * (0.5 * weights[:, None] * values)).sum((-1, -2)))
@@ -115,7 +115,7 @@ class Window:
 @lru_cache(maxsize=64)
 def _deconvolution(support: int, shape: float, n: int) -> Array:
     window = cached_window(support, shape)
-    theta = np.fft.fftfreq(n)
+    theta = np.asarray(np.fft.fftfreq(n), dtype=np.float64)
     aliases = window.transform(theta[:, None] + np.arange(-6, 7))
     return np.asarray(aliases[:, 6] ** 2 / (aliases**2).sum(1) ** 2)
 
