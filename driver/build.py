@@ -105,7 +105,7 @@ def _not_tapered(s: Settings) -> Iterator[tuple[str, str]]:
             f"charges.conserve: {s.charges.conserve} is not available with coulomb.method: taper; use total, or "
             "coulomb.method: auto",
         )
-    for key in ("born_charges", "polarizability"):
+    for key in ("born_charges", "polarizability", "smallest_curvature"):
         if getattr(s.output, key):
             yield (
                 f"output.{key}",

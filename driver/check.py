@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from voltpi.potential.errors import InputError, VoltPIError
 if TYPE_CHECKING:
     from voltpi.driver.ipi_input import DirectForceField, RunInput, SocketForceField
 
-__all__ = ["Finding", "check", "default_template", "refuse_turned_starts"]
+__all__ = ["Finding", "check", "default_template", "refuse_starts"]
 
 # beyond these a run does not conserve energy whatever the potential (fs)
 _LONGEST_TIMESTEP = 5.0
@@ -198,7 +198,7 @@ def _forcefields(plan: RunInput, atoms: Atoms | None) -> Iterator[Finding]:
         if atoms is None:
             yield from _check_without_structure(settings, file)
         else:
-            yield from _evaluates_in_a_run(plan, settings, atoms, f"{plan.path.name}, <ffsocket name='{ff.name}'>")
+            yield from _evaluates_in_a_run(plan, ff, settings, atoms, f"{plan.path.name}, <ffsocket name='{ff.name}'>")
     for direct in plan.direct:
         if not direct.ours:
             yield Finding(
@@ -218,7 +218,7 @@ def _forcefields(plan: RunInput, atoms: Atoms | None) -> Iterator[Finding]:
                 f"({atoms.symbols}); give both the same file",
             )
             continue
-        yield from _evaluates_in_a_run(plan, settings, own, name)
+        yield from _evaluates_in_a_run(plan, direct, settings, own, name)
 
 
 def _parts_of(plan: RunInput, direct: DirectForceField) -> tuple[Settings, Atoms]:
@@ -235,20 +235,14 @@ def _parts_of(plan: RunInput, direct: DirectForceField) -> tuple[Settings, Atoms
 def _evaluates_in_a_run(
     plan: RunInput, ff: SocketForceField | DirectForceField, settings: Settings, atoms: Atoms, name: str
 ) -> Iterator[Finding]:
-    try:
-        yield from (Finding(False, f"{name}: {sentence}") for sentence in _against(plan, ff, settings, atoms))
-    except InputError:  # of the structure or its boundary, which is found again
-        pass
+    yield from (Finding(False, f"{name}: {sentence}") for sentence in _against(plan, ff, settings, atoms))
     yield _evaluates(settings, atoms, name)
 
 
 def _against(
     plan: RunInput, ff: SocketForceField | DirectForceField, settings: Settings, atoms: Atoms
 ) -> Iterator[str]:
-    """What the i-PI input does that the boundary of the structure does not allow.
-
-    Raises InputError for a structure that does not go with the settings.
-    """
+    """What i-PI would do with this structure that its boundary, or its field, does not allow."""
     from voltpi.driver.structures import periodic_directions, refuse_ipis_cell
 
     pbc = periodic_directions(atoms, settings)
@@ -269,12 +263,16 @@ def _against(
             f"<barostat mode='{barostat.mode}'> scales the structure along {' and '.join(changed)}, where its boundary "
             f"is open and there is no pressure; use {instead}"
         )
-    if not plan.is_checkpoint:  # a checkpoint holds its own cell
+    if plan.is_checkpoint:  # it holds its own cell
+        return
+    try:
         refuse_ipis_cell(atoms, settings, cell_is_given=plan.cell_is_given)
+    except InputError as error:
+        yield str(error)
 
 
 def refuse_starts(plan: RunInput, settings: Mapping[str, Path]) -> None:
-    """Raises InputError where a run could not honour the boundary of the start structure, for a forcefield of ours.
+    """Raises InputError where i-PI would do what the boundary or field of a forcefield of ours does not allow.
 
     ``settings`` are the files of the ``<ffsocket>``s, by name. What else is wrong with them is left to the drivers.
     """
@@ -286,11 +284,14 @@ def refuse_starts(plan: RunInput, settings: Mapping[str, Path]) -> None:
 
     if plan.is_checkpoint:
         return
-    readers = {f"<ffsocket name='{ff.name}'>": partial(of_socket, ff) for ff in plan.sockets}
-    readers |= {f"<ffdirect name='{d.name}'>": partial(_parts_of, plan, d) for d in plan.direct if d.ours}
-    for name, read in readers.items():
+    readers: list[tuple[SocketForceField | DirectForceField, str, Callable[[], tuple[Settings, Atoms]]]] = [
+        (ff, f"<ffsocket name='{ff.name}'>", partial(of_socket, ff)) for ff in plan.sockets
+    ]
+    readers += [(d, f"<ffdirect name='{d.name}'>", partial(_parts_of, plan, d)) for d in plan.direct if d.ours]
+    for ff, name, read in readers:
         try:
-            parts = read()
+            own, atoms = read()
         except InputError:
             continue
-        _refuse_turned_start(plan, *parts, f"{plan.path.name}, {name}")
+        for sentence in _against(plan, ff, own, atoms):
+            raise InputError(f"{plan.path.name}, {name}: {sentence}")

@@ -144,6 +144,7 @@ class Evaluator:
             start=self._start(systems),
             born_charges=output.born_charges,
             polarizability=output.polarizability,
+            smallest_curvature=output.smallest_curvature,
         )
         self._remember(systems, response)
         return response
@@ -217,6 +218,8 @@ class Evaluator:
             columns["BEC"] = _numpy(response.born_charges.transpose(1, 2)).reshape(b, -1, 3)
         if response.polarizability is not None:
             columns["polarizability"] = _numpy(response.polarizability) / BOHR**3
+        if response.smallest_curvature is not None:
+            columns["smallest_curvature"] = _numpy(response.smallest_curvature) * BOHR**2 / HARTREE
         return [{key: value[i].tolist() for key, value in columns.items()} for i in range(b)]
 
 

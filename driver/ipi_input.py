@@ -50,7 +50,7 @@ class DirectForceField:
 
 @dataclass(frozen=True)
 class Barostat:
-    """What changes the cell: i-PI's ``mode`` for it, and the entries of h (``xx``, ``xz``, …) that it holds ``fixed``."""
+    """What changes the cell: its ``mode``, and the entries of h (``xx``, ``xz``, …) that it holds ``fixed``."""
 
     mode: str
     fixed: frozenset[str]

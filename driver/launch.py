@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from voltpi.driver.check import refuse_turned_starts
+from voltpi.driver.check import refuse_starts
 from voltpi.driver.client import TcpAddress, UnixAddress
 from voltpi.driver.ipi_input import RunInput, SocketForceField, read_input
 from voltpi.driver.pes import STOPPED
@@ -76,7 +76,7 @@ def run(
                 f"{record.path.name}, which says where it is, is not here (or names a missing file); "
                 "give it with --template START.xyz"
             )
-    refuse_turned_starts(plan, record.settings)
+    refuse_starts(plan, record.settings)
     with _alone_in(plan.folder):
         # a short name in /tmp: unix socket paths have about a hundred bytes
         scratch = Path(tempfile.mkdtemp(prefix="voltpi-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))

@@ -42,6 +42,8 @@ def print_frame(record: dict[str, Any], atoms: Atoms, title: str) -> None:
         totals.add_row(f"electrode {name}", f"{values['charge']:.6f} e at {values['potential']:.4f} V")
     if "polarizability" in record:
         totals.add_row("polarizability", f"{np.trace(record['polarizability']) / 3:.4f} Å³ (isotropic)")
+    if "smallest_curvature" in record:
+        totals.add_row("smallest curvature", f"{record['smallest_curvature']:.4f} eV/Å² (shells)")
     totals.add_row("residual", f"{record['residual']:.1e} V after {record['iterations']} iterations")
     totals.add_row("time", f"{record['seconds']:.2f} s")
     console.print(totals)

@@ -296,6 +296,7 @@ class Output(_Strict):
     charges: bool = True
     born_charges: bool = False
     polarizability: bool = False
+    smallest_curvature: bool = False
 
 
 def _field(value: Any) -> Any:
@@ -449,7 +450,7 @@ def _contradictions(s: Settings) -> Iterator[tuple[str, str]]:
     for name in sorted({n for n in names if names.count(n) > 1}):
         yield "electrodes", f"two electrodes are called {name}; give each its own name"
     if charges.model == "none":
-        for key in ("born_charges", "polarizability"):
+        for key in ("born_charges", "polarizability", "smallest_curvature"):
             if getattr(s.output, key) and not s.has_model:
                 yield f"output.{key}", f"output.{key} needs charges; set charges.model (for example pqeq)"
         if not s.has_model and (s.field_from_frame or any(s.field)):

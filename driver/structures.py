@@ -38,7 +38,9 @@ _GIVEN_PERIODIC = {
     "slab-y": (True, False, True),
     "slab-z": (True, True, False),
 }
-# Å; a gap between atoms that is wider than this is taken for vacuum in advice
+# cell vectors; atoms that span less were wrapped into the cell, but for a few that have left it since
+_WRAPPED = 1.25
+# Å; a gap between atoms that is wider than this is vacuum
 _VACUUM = 3.5
 # Å; i-PI reads no checkpoint whose cell has more than 1e-10 bohr below the diagonal
 _BELOW_DIAGONAL = 5e-11
@@ -121,16 +123,18 @@ def prepare_frame(atoms: Atoms, settings: Settings, potential: Potential, frame:
     Raises InputError for a boundary that the structure does not have, a field that is not well defined in it, arrays
     that are missing or do not fit, and what ``potential.prepare`` refuses.
     """
+    from voltpi.potential.neighbors import check_geometry
     from voltpi.potential.systems import Systems
 
     bare = _with_boundary(atoms, settings, frame)
-    _refuse_cut(atoms, bare.pbc, settings, frame)
     systems = Systems.from_atoms(
         bare,
         field=frame_field(atoms, settings, frame),
         net_charge=settings.charges.net_charge,
         device=potential.device,
     )
+    check_geometry(systems)
+    _refuse_cut(atoms, bare.pbc, settings, frame)
     if settings.charges.carried != "auto":
         carried = _per_atom(atoms, settings.charges.carried, settings, "charges.carried", frame)
         systems = systems.replace(carried=systems.positions.new_tensor(carried))
@@ -168,24 +172,23 @@ def refuse_ipis_cell(atoms: Atoms, settings: Settings, *, cell_is_given: bool = 
     """Raises InputError for a start structure in a cell that i-PI would turn, or could not use.
 
     i-PI turns what is periodic throughout, which is what ``refuse_turned`` would find at the first step of a run in a
-    field. Other cells it leaves as they are, but then knows no volume, or writes checkpoints that it cannot read.
-    ``cell_is_given``: the input gives i-PI a cell of its own.
+    field. Other cells it leaves as they are, and then fails without a volume, or writes checkpoints that it cannot
+    read. ``cell_is_given``: the input gives i-PI a cell of its own.
     """
-    bare = _with_boundary(atoms, settings, "the structure")
     cell, throughout = np.asarray(atoms.cell), bool(atoms.pbc.all())
     if throughout and frame_field(atoms, settings).any():
         mirror = [1, 1, np.sign(np.linalg.det(cell))]  # it turns, but does not mirror
-        refuse_turned(cell, np.asarray(Cell.new(atoms.cell.cellpar())) * mirror, bare.pbc)
-    if cell_is_given or throughout:
+        refuse_turned(cell, np.asarray(Cell.new(atoms.cell.cellpar())) * mirror, periodic_directions(atoms, settings))
+    if cell_is_given:
         return
     wanted = "a along x, b in the xy plane, c out of it"
-    if np.abs(cell.diagonal()).min() < 1e-6:
+    if abs(np.linalg.det(cell) if throughout else cell.diagonal().prod()) < 1e-6:
         raise InputError(
             f"i-PI wants a cell with a volume, also where a direction is open, but that of the start structure is "
             f"{np.round(cell, 3).tolist()}: give it three vectors ({wanted}); along an open direction, any length "
             "beyond the atoms"
         )
-    if np.abs(cell[np.triu_indices(3, 1)]).max() > _BELOW_DIAGONAL:
+    if not throughout and np.abs(cell[np.triu_indices(3, 1)]).max() > _BELOW_DIAGONAL:
         raise InputError(
             f"i-PI could not read its own checkpoints with the cell of the start structure, "
             f"{np.round(cell, 3).tolist()}: turn cell and atoms ({wanted}); i-PI does so itself only where the file "
@@ -239,21 +242,21 @@ def _with_boundary(atoms: Atoms, settings: Settings, frame: str) -> Atoms:
 def _refuse_cut(atoms: Atoms, pbc: NDArray[np.bool_], settings: Settings, frame: str) -> None:
     """Raises InputError where the file's cell cuts a molecule or slab along an open direction.
 
-    That is, two atoms are bonded across an open face of the cell and nowhere else. Along directions in which the atoms
-    reach beyond one cell vector they have not been wrapped into the cell, so it cuts nothing.
+    That is, two atoms are bonded across an open face of the cell and nowhere else; ions count as bonded to what is no
+    ion. Along a direction in which atoms reach far beyond one cell vector they were not wrapped into the cell.
     """
     from voltpi.potential.fragments import BOND_TOLERANCE, IONS
     from voltpi.potential.neighbors import neighbor_list
     from voltpi.potential.systems import Systems
 
     cell = np.asarray(atoms.cell)
-    if pbc.all() or not (np.isfinite(cell).all() and np.isfinite(atoms.positions).all()):
-        return  # what is not finite is refused elsewhere
+    if pbc.all() or not np.isfinite(cell).all():
+        return
     full = complete_cell(cell)
-    if np.linalg.svd(full, compute_uv=False).min() < 1e-4:
+    if np.linalg.svd(full, compute_uv=False).min() < 1e-4:  # no cell, whatever it is meant for
         return
     fractional = np.linalg.solve(full.T, atoms.positions.T).T
-    closed = ~pbc & cell.any(axis=1) & (np.ptp(fractional, axis=0) < 1)
+    closed = ~pbc & cell.any(axis=1) & (np.ptp(fractional, axis=0) < _WRAPPED)
     if not closed.any():
         return
     around = Systems.from_atoms(Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=full, pbc=pbc | closed))

@@ -116,6 +116,7 @@ class Potential:
         start: Response | None = None,
         born_charges: bool = False,
         polarizability: bool = False,
+        smallest_curvature: bool = False,
     ) -> Response:
         """Energy and everything that follows from it; ``start`` is an earlier Response of the same atoms (warm start).
 
@@ -138,7 +139,13 @@ class Potential:
         if self.dispersion is not None:
             energy, f, w = self.dispersion(systems)
             terms["dispersion"], forces, virial = energy, forces + f, virial + w
-        solved = self._solve(systems, start, born_charges, polarizability)
+        solved = self._solve(
+            systems,
+            start,
+            born_charges=born_charges,
+            polarizability=polarizability,
+            smallest_curvature=smallest_curvature,
+        )
         n, b = systems.n_atoms, systems.n_systems
         charges, shells = forces.new_zeros(n), forces.new_zeros(n, 3)
         dipole, residual = forces.new_zeros(b, 3), forces.new_zeros(b)
@@ -160,6 +167,7 @@ class Potential:
             iterations=iterations,
             born_charges=None if solved is None else solved.born_charges,
             polarizability=None if solved is None else solved.polarizability,
+            smallest_curvature=None if solved is None else solved.smallest_curvature,
         )
 
     def _references(self, systems: Systems) -> Tensor:
@@ -176,17 +184,16 @@ class Potential:
         energy = torch.zeros(systems.n_systems, dtype=torch.float64, device=self.device)
         return energy.index_add_(0, systems.batch, atomic)
 
-    def _solve(
-        self, systems: Systems, start: Response | None, born_charges: bool, polarizability: bool
-    ) -> PQEqSolution | None:
+    def _solve(self, systems: Systems, start: Response | None, **wanted: bool) -> PQEqSolution | None:
         if self.charges is None:
-            if born_charges or polarizability:
-                raise InputError("output.born_charges and output.polarizability need charges: set charges.model")
+            for name, asked in wanted.items():
+                if asked:
+                    raise InputError(f"output.{name} needs charges: set charges.model")
             return None
         guess = None
         if start is not None and len(start.charges) == systems.n_atoms:
             guess = (start.charges, start.shells)
-        return self.charges.solve(systems, start=guess, born_charges=born_charges, polarizability=polarizability)
+        return self.charges.solve(systems, start=guess, **wanted)
 
     def _short_range(self, systems: Systems) -> tuple[Tensor, Tensor, Tensor]:
         assert self._pairs is not None

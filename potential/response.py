@@ -27,6 +27,8 @@ class Response:
     electrodes : name -> {"charge": [b], "potential": [b]}
     born_charges : [n, 3, 3] or None, e, index order atom, dipole direction, displacement direction
     polarizability : [b, 3, 3] or None, Å³
+    smallest_curvature : [b] or None, eV/Å², of the shells with the charges relaxed; near 0: close to a polarization
+        catastrophe
     """
 
     energy: Tensor
@@ -41,3 +43,4 @@ class Response:
     electrodes: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     born_charges: Tensor | None = None
     polarizability: Tensor | None = None
+    smallest_curvature: Tensor | None = None

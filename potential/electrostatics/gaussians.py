@@ -30,17 +30,25 @@ def boys(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     f1 = (f0 - decay) / (2 * safe)
     f2 = (3 * f1 - decay) / (2 * safe)
     small = t < _SERIES_BELOW
-    if bool(small.any()):
-        x = t[small]
-        coefficients = [(-1.0) ** k / (math.factorial(k) * (2 * k + 5)) for k in range(_SERIES_TERMS + 1)]
-        series = torch.full_like(x, coefficients[-1])
-        for c in reversed(coefficients[:-1]):
-            series = series * x + c
-        e = torch.exp(-x)
-        g1 = (2 * x * series + e) / 3
-        f0, f1, f2 = f0.clone(), f1.clone(), f2.clone()
-        f0[small], f1[small], f2[small] = 2 * x * g1 + e, g1, series
+    if t.device.type == "cpu":  # few are small
+        if bool(small.any()):
+            f0, f1, f2 = f0.clone(), f1.clone(), f2.clone()
+            f0[small], f1[small], f2[small] = _series(t[small])
+    else:  # nothing may wait for the device
+        g0, g1, g2 = _series(t.clamp(max=_SERIES_BELOW))
+        f0, f1, f2 = torch.where(small, g0, f0), torch.where(small, g1, f1), torch.where(small, g2, f2)
     return f0, f1, f2
+
+
+def _series(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """F₀, F₁, F₂ of 0 ≤ x ≤ 1: the power series of F₂ and downward recursion."""
+    coefficients = [(-1.0) ** k / (math.factorial(k) * (2 * k + 5)) for k in range(_SERIES_TERMS + 1)]
+    f2 = torch.full_like(x, coefficients[-1])
+    for c in reversed(coefficients[:-1]):
+        f2 = f2 * x + c
+    e = torch.exp(-x)
+    f1 = (2 * x * f2 + e) / 3
+    return 2 * x * f1 + e, f1, f2
 
 
 def erf_kernel(u: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Loops of mesh and pairs on a CPU, compiled by numba; they release the interpreter lock, so that threads share them.
 
-Against the same sums by torch ``index_add``/``gather`` (:class:`voltpi.potential.electrostatics.mesh.TorchSites`), 2160
-atoms, windows of 10 points, one core: spread 9.3 against 118 ms, gather 12 against 150 ms.
+Against the same sums by torch (:class:`voltpi.potential.electrostatics.mesh.TorchSites`), 2160 atoms, windows of 10
+points, one core: spread 1.1 ms against 7.2, gather 0.9 against 9.9, with the gradient 1.2 against 12.8.
 
 Meshes are [m, n1, n2, n3]; a site knows its mesh, the first mesh point of its window on every axis (already in
 [0, n)), and the window's values and derivatives [3, w] there.

@@ -22,6 +22,7 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor
 
+from voltpi.potential.electrostatics import stability
 from voltpi.potential.electrostatics.elements import ElementParameters, check_parameters, read_parameters
 from voltpi.potential.electrostatics.ewald import CoulombOperator, CoulombState, KernelCache, LongWaves
 from voltpi.potential.electrostatics.solver import Segments, Solution, linear_solve, minimize
@@ -55,7 +56,7 @@ class PQEqSolution:
     """Answer for a batch (eV, Å, e); see :class:`voltpi.potential.response.Response` for the meaning of each.
 
     energy [b], terms name -> [b], forces [n, 3], virial [b, 3, 3], charges [n], shells [n, 3], dipole [b, 3], residual
-    [b], iterations [b], born_charges [n, 3, 3], polarizability [b, 3, 3].
+    [b], iterations [b], born_charges [n, 3, 3], polarizability [b, 3, 3], smallest_curvature [b].
     """
 
     energy: Tensor
@@ -69,6 +70,7 @@ class PQEqSolution:
     iterations: Tensor
     born_charges: Tensor | None = None
     polarizability: Tensor | None = None
+    smallest_curvature: Tensor | None = None
 
 
 class _Point:
@@ -342,6 +344,7 @@ class PQEq:
         start: tuple[Tensor, Tensor] | None = None,
         born_charges: bool = False,
         polarizability: bool = False,
+        smallest_curvature: bool = False,
     ) -> PQEqSolution:
         """Charges, shells, energy, forces and virial of a batch, from a first guess (q [n], Δ [n, 3]) if given.
 
@@ -369,6 +372,10 @@ class PQEq:
         born = alpha = None
         if born_charges or polarizability:
             born, alpha = self._field_response(functional, point, coupled)
+        curvature = None
+        if smallest_curvature:
+            point.linearize()
+            curvature = stability.smallest_curvature(point, functional)
         return PQEqSolution(
             energy=point.energy,
             terms=point.terms,
@@ -381,6 +388,7 @@ class PQEq:
             iterations=solution.products,
             born_charges=born if born_charges else None,
             polarizability=alpha if polarizability else None,
+            smallest_curvature=curvature,
         )
 
     def _check(self, system: Systems, point: _Point, solution: Solution) -> None:

@@ -386,6 +386,7 @@ class TaperedPQEq:
         start: object = None,
         born_charges: bool = False,
         polarizability: bool = False,
+        smallest_curvature: bool = False,
     ) -> PQEqSolution:
         """Charges, shells, energy and its exact gradient, for a batch of ``b`` structures.
 
@@ -397,7 +398,12 @@ class TaperedPQEq:
         InputError : unknown element, field that is not well defined, Born charges or polarizability asked for
         NotConvergedError : charges that are not finite (a singular charge matrix)
         """
-        for name, wanted in (("born_charges", born_charges), ("polarizability", polarizability)):
+        asked = {
+            "born_charges": born_charges,
+            "polarizability": polarizability,
+            "smallest_curvature": smallest_curvature,
+        }
+        for name, wanted in asked.items():
             if wanted:
                 raise InputError(
                     f"output.{name} needs stationary charges, which coulomb.method: taper stops short of: set it to "

@@ -9,6 +9,7 @@ import pytest
 import torch
 from ase import Atoms
 
+from voltpi.potential.electrostatics import pqeq
 from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT, ElementParameters, PQEq, read_parameters
 from voltpi.potential.errors import InputError, NoStablePointError
 from voltpi.potential.fragments import assign_fragments
@@ -445,3 +446,21 @@ def test_a_fragment_that_comes_apart_is_refused_in_a_field():
     system = assign_fragments(Systems.from_atoms(atoms, field=(0.05, 0, 0)), labels=torch.tensor([0, 0]))
     with pytest.raises(InputError, match=r"atoms 0 \(Na\) and 1 \(Cl\) belong to one fragment but are 5.60 Å apart"):
         PQEq(conserve="fragments", response="all").solve(system)
+
+
+@pytest.mark.parametrize("build", [water_dimer, rattled_salt, water_box])
+def test_smallest_curvature_is_that_of_the_dense_hessian(build):
+    system, model = Systems.from_atoms(build()), PQEq(tolerance=1e-9, accuracy=1e-9)
+    answer = model.solve(system, smallest_curvature=True)
+    functional = pqeq._Functional(model, system)
+    point = functional.at(torch.cat([answer.charges[:, None], answer.shells], dim=1))
+    point.linearize()
+    n = system.n_atoms
+    columns = [point.exact_product(e.reshape(n, 4)).reshape(-1) for e in torch.eye(4 * n, dtype=torch.float64)]
+    hessian = torch.stack(columns, dim=1).numpy()
+    q = 4 * np.arange(n)
+    shells = np.setdiff1d(np.arange(4 * n), q)
+    flow = np.linalg.svd(np.ones((1, n)))[2][1:].T  # charges that add up to nothing
+    qq, qs = flow.T @ hessian[np.ix_(q, q)] @ flow, flow.T @ hessian[np.ix_(q, shells)]
+    relaxed = hessian[np.ix_(shells, shells)] - qs.T @ np.linalg.solve(qq, qs)
+    assert answer.smallest_curvature.item() == pytest.approx(np.linalg.eigvalsh(relaxed)[0], rel=1e-3)
