@@ -75,7 +75,7 @@ def test_energy_is_conserved_by_default_and_not_by_forces_at_fixed_unconverged_c
 @pytest.mark.slow
 def test_what_is_left_belongs_to_the_time_step():
     """Half the time step leaves a quarter of the fluctuation, as for the gradient of any smooth energy."""
-    for scheme, lowest, highest in (("default", 3.6, 4.4), ("taper", 3.6, 4.4), ("published", 0.0, 2.5)):
+    for scheme, lowest, highest in (("default", 3.6, 4.4), ("published", 0.0, 2.5)):
         coarse, fine = (np.abs(energies("nacl", scheme, dt, round(40 / dt))).max() for dt in (1.0, 0.5))
         assert lowest < coarse / fine < highest, scheme
 

@@ -78,9 +78,9 @@ def draw(runs: dict[tuple[str, str], Run], out: Path) -> None:
                 if (system, scheme) not in runs:
                     continue
                 r = runs[system, scheme]
-                for axes, per_unit in zip(rows[:, k], (1e3, 1e6), strict=True):
-                    if axes is rows[0, k] or scheme != "published":
-                        axes.plot(r.time, per_unit * r.energy, color=color, lw=0.8, label=label)
+                rows[0, k].plot(r.time, 1e3 * r.energy, color=color, lw=0.8, label=label)
+                if scheme != "published":
+                    rows[1, k].plot(r.time, 1e6 * (r.energy - r.fit.intercept), color=color, lw=0.8)
             rows[0, k].set_title(f"{SYSTEMS[system]}, {runs[system, 'default'].n_atoms} atoms", fontsize=8)
             rows[1, k].set_xlabel("time (ps)")
             end = min(r.time[-1] for (s, scheme), r in runs.items() if s == system and scheme in SCHEMES)
@@ -88,7 +88,7 @@ def draw(runs: dict[tuple[str, str], Run], out: Path) -> None:
             allowed = np.linspace(0, runs[system, "default"].time[-1], 2)
             rows[1, k].fill_between(allowed, -10 * allowed, 10 * allowed, color="0.85", lw=0, zorder=0)
         rows[0, 0].set_ylabel("energy since the start (meV/atom)")
-        rows[1, 0].set_ylabel("enlarged (µeV/atom)")
+        rows[1, 0].set_ylabel("less the fitted start (µeV/atom)")
         handles, labels = rows[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
         figure.savefig(out, dpi=150)

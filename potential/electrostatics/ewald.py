@@ -591,6 +591,18 @@ class CoulombState:
             out[mesh.sum.atoms] += mesh.product(direction[mesh.sum.atoms])
         return out
 
+    def matrix(self) -> Tensor | None:
+        """The second derivatives themselves, [n, n, 4, 4], of structures without a mesh; None otherwise."""
+        if self._meshes:
+            return None
+        n = len(self.shells)
+        out = torch.zeros(n, n, 4, 4, dtype=self.shells.dtype, device=self.shells.device)
+        for pairs in self._pairs:
+            pairs.add_matrix(out)
+        atom = torch.arange(n, device=out.device)
+        out[atom, atom, 1:, 1:] = self.own_shell
+        return out
+
     def core_gradient_change(self, direction: Tensor) -> Tensor:
         """Change of the force on (core + shell) of every atom, at fixed cores, times −1, with (q, Δ): [n, 3].
 

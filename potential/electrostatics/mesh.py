@@ -17,9 +17,9 @@ sharper pair leaves [erf(α_ab r) − erf(β r)]/r to real space. T makes the bo
 which is exact as long as all charges, tails included, lie within L/2 or R of each other; the box has room for that.
 
 The energy is one smooth function of positions and charges for a given mesh; potentials, fields and the virial are its
-derivatives. ``torch-pme`` and ``nvalchemi-toolkit-ops`` have one width for all charges and no second derivatives, and on
-a CPU they are slower: the reciprocal part for 2160 atoms at 1e-6, one core, takes torch-pme 0.5.0 (7 nodes) 104 ms and
-this, with four widths, 6.6 ms.
+derivatives. ``torch-pme`` and ``nvalchemi-toolkit-ops`` have one width for all charges and no second derivatives; the
+reciprocal part for 2160 atoms at 1e-6 takes torch-pme 0.5.0 (7 nodes) 104 ms on one core and this, with four widths,
+6.6 ms.
 """
 
 from __future__ import annotations

@@ -133,6 +133,12 @@ class PairState:
             own.index_add_(0, atom, curved - (c1 * q).sum(1)[:, None, None] * eye)
         return own
 
+    def add_matrix(self, matrix: Tensor) -> None:
+        """Adds the blocks to a dense matrix [n, n, 4, 4]; a pair of atoms is there once."""
+        i, j = self.pairs.index
+        matrix[i, j] += self.blocks
+        matrix[j, i] += self.blocks.transpose(1, 2)
+
     def product(self, direction: Tensor) -> Tensor:
         """The blocks times a direction [n, 4] in (q, Δ)."""
         i, j = self.pairs.index

@@ -110,6 +110,18 @@ class _Point:
     def product(self, direction: Tensor) -> Tensor:
         return self._with_springs(self.rough.product(direction), direction)
 
+    def matrix(self) -> Tensor | None:
+        """The Hessian itself, [4n, 4n], where the Coulomb operator has it."""
+        out = self.coulomb.matrix()
+        if out is None:
+            return None
+        f, atom = self.functional, torch.arange(len(self.q), device=self.q.device)
+        out[atom, atom, 0, 0] += f.eta
+        eye = torch.eye(3, dtype=out.dtype, device=out.device)
+        outer = self.shells[:, :, None] * self.shells[:, None, :]
+        out[atom, atom, 1:, 1:] += self.stiffness[:, None, None] * eye + self.growth[:, None, None] * outer
+        return out.transpose(1, 2).reshape(4 * len(atom), -1)
+
     def linearize_exactly(self) -> None:
         """Prepares ``exact_product`` and the change of forces."""
         if not self._exact:
@@ -218,6 +230,12 @@ class _Functional:
         """Charges that a potential [n] moves without interaction, on the constraint surface, times −1."""
         mean = self._sum(self.inverse_q * potential) / self.group_weight
         return self.inverse_q * (potential - mean[self.group])
+
+    def constraints(self) -> Tensor:
+        """Rows [groups, 4n] whose products with y stay what they are."""
+        rows = torch.zeros(len(self.group_charge), 4 * len(self.group), dtype=self.chi.dtype, device=self.chi.device)
+        rows[self.group, 4 * torch.arange(len(self.group), device=rows.device)] = 1
+        return rows
 
     def scale(self, direction: Tensor) -> Tensor:
         return torch.cat(

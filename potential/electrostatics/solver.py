@@ -38,6 +38,11 @@ _PROBES = 200  # products that look for negative curvature; 4 to 6 suffice at a 
 _ESCAPES = 8  # saddle points left on the way down
 HESSIAN_ACCURACY = 1e-3
 """Relative error of ``Point.product``: a Newton step reduces the residual to about this."""
+DENSE_BELOW = 64
+"""Atoms; one smaller structure whose Hessian is at hand is solved directly. One step, one core, against conjugate
+gradients: 6 atoms 0.08 ms against 0.84, 19 atoms 0.12 against 0.58, 38 atoms 0.27 against 0.96, 76 atoms 1.65
+against 2.04."""
+_PENALTY = 1e3
 _ASK_EVERY = 8  # iterations on a GPU between two questions whether to go on
 
 
@@ -90,6 +95,9 @@ class Point(Protocol):
     def exact_product(self, direction: Tensor) -> Tensor:
         """Hessian times a direction, [n, 4]."""
 
+    def matrix(self) -> Tensor | None:
+        """The Hessian [4n, 4n], where it is at hand."""
+
 
 class Functional(Protocol):
     """Energy of charges and shells of a batch of structures."""
@@ -104,6 +112,9 @@ class Functional(Protocol):
 
     def precondition(self, residual: Tensor) -> Tensor:
         """Approximate inverse Hessian times a residual, on the constraint surface, [n, 4]."""
+
+    def constraints(self) -> Tensor:
+        """Rows A [constraints, 4n]: A δy = 0."""
 
     def scale(self, direction: Tensor) -> Tensor:
         """Inverse of ``precondition`` without the constraint: the size of a direction, [n, 4]."""
@@ -169,6 +180,10 @@ def conjugate_gradients(
     Where the curvature turns negative the iterate so far is returned (or the direction itself, at the first step).
     """
     seg = functional.segments
+    direct = _direct_solve(point, functional, right)
+    if direct is not None:
+        yes = torch.ones(1, dtype=torch.bool, device=right.device)
+        return LinearSolution(direct, yes.to(torch.int64), yes, ~yes)
     ask = _ASK_EVERY if right.device.type != "cpu" else 1
     x = torch.zeros_like(right)
     r = functional.project(right)
@@ -202,6 +217,26 @@ def conjugate_gradients(
     return LinearSolution(x, products, ~(active | negative | broken), negative)
 
 
+def _direct_solve(point: Point, functional: Functional, right: Tensor) -> Tensor | None:
+    """H x = right on the constraint surface by a Cholesky factor; None if too large, or not positive definite there.
+
+    H + c AᵀA is H on the surface A x = 0, and positive definite for large c just if H is positive definite there.
+    """
+    if functional.segments.count > 1 or len(right) > DENSE_BELOW:
+        return None
+    matrix = point.matrix()
+    if matrix is None:
+        return None
+    rows = functional.constraints()
+    factor, failed = torch.linalg.cholesky_ex(matrix + _PENALTY * matrix.diagonal().max() * (rows.T @ rows))
+    if bool(failed):
+        return None
+    both = torch.cholesky_solve(torch.cat([right.reshape(-1, 1), rows.T], dim=1), factor)
+    free, shift = both[:, :1], both[:, 1:]
+    x = free - shift @ torch.linalg.solve(rows @ shift, rows @ free)
+    return x.reshape(right.shape)
+
+
 def negative_direction(point: Point, functional: Functional, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Directions of negative curvature [n, 4] at a linearized point, where [b] there are any, and the products [b].
 
@@ -210,6 +245,8 @@ def negative_direction(point: Point, functional: Functional, like: Tensor) -> tu
     a thousandfold.
     """
     seg = functional.segments
+    if _direct_solve(point, functional, torch.zeros_like(like)) is not None:  # it has a Cholesky factor
+        return torch.zeros_like(like), *(torch.zeros(1, dtype=t, device=like.device) for t in (torch.bool, torch.int64))
     ask = _ASK_EVERY if like.device.type != "cpu" else 1
     # the same numbers for every structure, whatever the batch
     first = torch.searchsorted(seg.batch, seg.batch) if seg.count > 1 else torch.zeros_like(seg.batch)

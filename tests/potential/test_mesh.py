@@ -93,7 +93,7 @@ def test_deconvolution_undoes_spreading_and_gathering():
     mesh = np.arange(n)
     weights = window.value((mesh - 7.3 + n / 2) % n - n / 2)
     structure = np.fft.fft(weights)[1] * np.exp(2j * math.pi * 7.3 / n)
-    assert abs(structure) ** 2 * window.deconvolution(n)[1] == pytest.approx(1.0, abs=1e-8)
+    assert abs(structure) ** 2 * window.deconvolution(n)[1] == pytest.approx(1.0, abs=1e-7)
 
 
 # -- sites: two implementations of one thing ---------------------------------------------------------------------------
@@ -535,8 +535,7 @@ def test_second_derivatives_of_tabulated_pairs(charged_sites):
     expected = (8 * (gradient(h) - gradient(-h)) - (gradient(2 * h) - gradient(-2 * h))) / (12 * h)
     found = state.product(direction)
     found[:, 1:] += shell_charge[:, None] * torch.einsum("nxy,ny->nx", own, direction[:, 1:])
-    other = pairs.index[0] != pairs.index[1]
-    assert bool(other.any())
+    assert bool((pairs.index[0] == pairs.index[1]).any())  # an atom and its own image as well
     assert float((found - expected).abs().max()) < 1e-7 * float(expected.abs().max())
 
 
