@@ -1,10 +1,10 @@
 """The window that carries charges to a mesh and potentials back: how wide, how fine, and its Fourier transform.
 
-Kaiser–Bessel of second order on w mesh points, φ(t) = s² I₂(b s)/I₂(b), s² = 1 − (2t/w)², which ends with a continuous
-first derivative: the mesh energy has continuous forces. It needs fewer points than a B-spline (SPME): a relative force error
-of 1e-6 with ten points at h·β = 0.44, a B-spline of order 10 at 0.35, of order 8 at 0.27, where β is the inverse length
-of the sharpest kernel exp(−k²/4β²) (100 random core–shell pairs against the exact sum). The choice below keeps a margin
-of ``_SAFETY`` for cells and charges that are less kind.
+Kaiser–Bessel of second order on w mesh points, φ(t) = s² I₂(b s)/I₂(b), s² = 1 − (2t/w)², which ends with a
+continuous first derivative: the mesh energy has continuous forces. It needs fewer points than a B-spline (SPME): a
+relative force error of 1e-6 with ten points at h·β = 0.44, a B-spline of order 10 at 0.35, of order 8 at 0.27, where
+β is the inverse length of the sharpest kernel exp(−k²/4β²) (100 random core–shell pairs against the exact sum). The
+choice below keeps a margin of ``_SAFETY`` for cells and charges that are less kind.
 
 On the mesh the window is w polynomials in the fractional position, so that values and derivatives are those of one
 function to the last digit.

@@ -83,9 +83,13 @@ def carried_by(potential, atoms):
     return potential.prepare(Systems.from_atoms(atoms)).carried
 
 
-@pytest.fixture(params=["periodic", "open"])
+@pytest.fixture(params=["periodic", "slab", "open"])
 def atoms(request):
-    return water_box() if request.param == "periodic" else water_dimer()
+    if request.param == "open":
+        return water_dimer()
+    atoms = water_box()
+    atoms.pbc = [True, True, request.param == "periodic"]
+    return atoms
 
 
 @pytest.mark.parametrize(("name", "in_field"), SETTINGS)
