@@ -40,7 +40,7 @@ RECIPES = {
     "nacl": Recipe({"Na-Cl": 0.5}, 0.02),
     "batio3": Recipe({"Ti-O": 1.0, "Ba-O": 0.3}, 0.02),
     "cspbi3": Recipe({"Pb-I": 1.0, "Cs-I": 0.2}, 0.02),
-    "lipon": Recipe({"P-O": 5.0, "P-N": 5.0, "Li-O": 1.0, "Li-N": 1.0}, 0.2),
+    "lipon": Recipe({"P-O": 2.0, "P-N": 2.0, "Li-O": 0.4, "Li-N": 0.4}, 0.08),
 }
 
 

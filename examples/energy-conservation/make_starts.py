@@ -17,6 +17,7 @@ from ase.build import bulk
 from ase.io import read, write
 
 RATTLE = 0.05  # Å, standard deviation of every coordinate
+STIFF_RATTLE = 0.02  # Å, where bonds are stiff
 SEED = 7
 
 
@@ -52,8 +53,9 @@ def main() -> None:
     if options.lipon is not None:
         starts["lipon"] = read(options.lipon)
     rng = np.random.default_rng(SEED)
-    for atoms in starts.values():
-        atoms.positions += rng.normal(scale=RATTLE, size=atoms.positions.shape)
+    for name, atoms in starts.items():
+        scale = STIFF_RATTLE if name == "lipon" else RATTLE
+        atoms.positions += rng.normal(scale=scale, size=atoms.positions.shape)
     starts["water"] = water()
     for name, atoms in starts.items():
         bare = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True)

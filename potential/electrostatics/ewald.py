@@ -407,6 +407,7 @@ class LongWaves:
     _SMEAR = 0.35  # 1/Å
     _WINDOW = Resolution(4, 2.4, 0.5)
     _MARGIN = 0.7
+    _LEAST_MARGIN = 0.007  # copies of a small cell do not even out
 
     def __init__(self, mesh: _MeshSum, inverse_hardness: Tensor, cache: KernelCache) -> None:
         self.sum = mesh
@@ -416,7 +417,11 @@ class LongWaves:
         self.mesh = cache(box, width, whole, math.inf, mesh.operator.k_e, self._WINDOW, torch.float32)
         self.sites = make_sites(self.mesh.points(mesh.positions), mesh.replica, box.shape, self._WINDOW, torch.float32)
         atoms = len(mesh.atoms) / len(mesh.members)
-        mean = (1 + self._MARGIN / math.sqrt(atoms)) * inverse_hardness[mesh.atoms].sum() / len(mesh.members)
+        mean = (
+            (1 + max(self._MARGIN / math.sqrt(atoms), self._LEAST_MARGIN))
+            * inverse_hardness[mesh.atoms].sum()
+            / len(mesh.members)
+        )
         smooth = self.mesh.form[0].square()
         self.filter = self.mesh.weight * smooth / (1 + self.mesh.bare * smooth * mean.to(torch.float32))
         self.filter[0] = 0

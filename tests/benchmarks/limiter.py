@@ -1,4 +1,4 @@
-"""Does a stable point exist for charges and shells, and what does the limiter change? Crystals, water, clusters, fields.
+"""Do charges and shells have a stable point, and what does the limiter change? Crystals, water, clusters, fields.
 
     python tests/benchmarks/limiter.py [--only NaCl …] [--seeds 3] [--rattles 0.05 0.08 0.25] [--lipon FILE]
 
@@ -23,6 +23,7 @@ from ase.io import read
 from ase.spacegroup import crystal
 from scipy.sparse.linalg import LinearOperator, eigsh
 from scipy.spatial.transform import Rotation
+from scipy.special import erf
 from torch import Tensor
 
 from voltpi.potential.electrostatics.pqeq import PQEq, PQEqSolution, _Functional
@@ -39,6 +40,13 @@ LIMITERS = {
     "0.25": {"limiter": "fene", "shell_limit": 0.25},
     "0.5": {"limiter": "fene", "shell_limit": 0.5},
 }
+MIXTURES = {
+    "salt": (("Na", "K", "Cs", "Cl", "I"), 1.6),
+    "oxide": (("Li", "Ba", "Ti", "O", "O"), 1.2),
+    "organic": (("H", "C", "N", "O", "S"), 0.8),
+    "the softest of the table": (("B", "Ga", "Cr", "U", "Cs", "Pb", "O", "F", "Na", "H"), 1.2),
+}
+"""Elements, and the shortest distance (Å)."""
 IONS = {"Na": 1, "K": 1, "Cs": 1, "Cl": -1}
 FAILED = (NoStablePointError, NotConvergedError)
 
@@ -157,6 +165,20 @@ def solve(atoms: Atoms, field: Sequence[float] = (0.0, 0.0, 0.0), **keywords: ob
         return Point(model, systems, model.solve(systems))
     except FAILED:
         return None
+
+
+def mixture(elements: Sequence[str], shortest: float, seed: int, periodic: bool) -> Atoms:
+    """30 atoms at random in a box of 9 Å, no two nearer than ``shortest`` (Å)."""
+    rng = np.random.default_rng(seed)
+    edge, positions = 9.0, np.empty((0, 3))
+    while len(positions) < 30:
+        trial = rng.uniform(0, edge, 3)
+        ways = positions - trial
+        if periodic:
+            ways -= edge * np.round(ways / edge)
+        if (np.linalg.norm(ways, axis=1) > shortest).all():
+            positions = np.vstack([positions, trial])
+    return Atoms(list(rng.choice(elements, 30)), positions, cell=[edge] * 3 if periodic else None, pbc=periodic)
 
 
 def rms(values: Tensor) -> float:
@@ -287,6 +309,58 @@ def print_fields(structures: dict[str, Atoms]) -> None:
             )
 
 
+def print_rest(structures: dict[str, Atoms]) -> None:
+    """How far the softest element is from losing its spring, and what the formula of the page says."""
+    print("\nPerfect crystals, no limiter: K of the softest element, K less the pull of its own core, softest mode.")
+    head("crystal", "element", "K, eV/Å²", "K − k_e Z (Z + q) 4 a^{3/2}/(3 √π)", "softest, eV/Å²")
+    for name in CRYSTALS:
+        if name not in structures:
+            continue
+        point = solve(structures[name], limiter="none")
+        assert point is not None
+        table = point.model.tensors(point.systems)
+        i = int(table["K"].argmin())
+        z, a = table["Z"][i], table["alpha"][i] / 2
+        pull = point.model.coulomb_constant * z * (z + point.solution.charges[i]) * 4 * a**1.5 / (3 * np.pi**0.5)
+        left = float(table["K"][i] - pull)
+        row(name, point.systems.symbols[i], f"{table['K'][i]:.3f}", f"{left:.3f}", f"{point.softest():.3f}")
+
+
+def print_mixtures(count: int) -> None:
+    """Atoms at random, far closer together than in any melt: the search for an instability."""
+    print(f"\nRandom mixtures, {count} of 30 atoms for each line; `none` / `fene` 0.25 Å / `fene` 0.5 Å.")
+    head("elements", "shortest distance, Å", "boundary", "stable point", "longest shell, Å", "softest, eV/Å²")
+    for name, (elements, shortest) in MIXTURES.items():
+        for periodic in (True, False):
+            frames = [mixture(elements, shortest, seed, periodic) for seed in range(count)]
+            found = [[p for p in (solve(f, **kw) for f in frames) if p is not None] for kw in LIMITERS.values()]
+            row(
+                name,
+                shortest,
+                "periodic" if periodic else "open",
+                " / ".join(f"{len(points)} of {count}" for points in found),
+                slashed([max((p.longest for p in points), default=None) for points in found], ".3f"),
+                slashed([min((p.softest() for p in points), default=None) for points in found], ".3f"),
+            )
+
+
+def print_kernel() -> None:
+    """Fourier transform of the tapered kernel over that of 1/r: where it is negative, shells are driven out."""
+    print("\nT(r) erf(√a r)/r: the smallest value of its Fourier transform times k²/4π (1/r: 1 everywhere).")
+    head("element", "smallest at a cutoff of 6 Å", "12.5 Å", "18 Å")
+    model = PQEq()
+    waves = np.linspace(0.005, 3, 600)
+    for element in ("Na", "K", "Cs", "Ba", "Ti", "Li", "O", "H"):
+        a = float(model.tensors(Systems.from_atoms(Atoms(element)))["alpha"][0]) / 2
+        cells = []
+        for cutoff in (6.0, 12.5, 18.0):
+            r = np.linspace(0, cutoff, 4001)
+            x = r / cutoff
+            shape = (1 - x) ** 4 * (1 + 4 * x + 10 * x**2 + 20 * x**3) * erf(np.sqrt(a) * r)
+            cells.append(min(k * np.trapezoid(shape * np.sin(k * r), r) for k in waves))
+        row(element, *[f"{value:.3f}" for value in cells])
+
+
 def print_clamp(structures: dict[str, Atoms]) -> None:
     """The published scheme: tapered sum, clamped shells, a fixed number of iterations."""
     print("\nThe published scheme (taper 12.5 Å, clamp 0.25 Å), 0.05 Å rattle; 2 / 50 / 200 iterations.")
@@ -315,6 +389,7 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=3, help="random starts of the shells")
     parser.add_argument("--rattles", type=float, nargs="+", default=[0.05, 0.08, 0.25], help="Å")
     parser.add_argument("--lipon", type=Path, help="a structure file of LiPON")
+    parser.add_argument("--mixtures", type=int, default=5, help="random mixtures for each line of their table")
     options = parser.parse_args()
     torch.set_num_threads(1)
     wanted = options.only or [*STRUCTURES, "LiPON"]
@@ -325,9 +400,13 @@ def main() -> None:
         else:
             lipon = read(options.lipon)
             structures["LiPON"] = Atoms(lipon.numbers, lipon.positions, cell=lipon.cell, pbc=True)
+    print_rest(structures)
     print_solids(structures, options.rattles, options.seeds, options.starts)
     print_clusters(structures, options.seeds, options.starts)
     print_fields(structures)
+    if options.mixtures:
+        print_mixtures(options.mixtures)
+    print_kernel()
     print_clamp(structures)
 
 
