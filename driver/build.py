@@ -165,6 +165,7 @@ def _charges(settings: Settings) -> Any:
             cutoff=t.cutoff,
             iterations=t.iterations,
             clamp=t.clamp,
+            cut=t.cut,
             coulomb_constant=constant,
         )
     return PQEq(

@@ -224,6 +224,7 @@ class Taper(_Strict):
     cutoff: Annotated[Number, Field(gt=0)] = 12.5
     iterations: Annotated[int, Field(ge=1)] = 2
     clamp: Annotated[Number, Field(gt=0)] = 0.25
+    cut: Literal["cores", "sites"] = "cores"
 
 
 def _coulomb_constant(value: Any) -> Any:

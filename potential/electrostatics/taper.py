@@ -316,12 +316,12 @@ class TaperedPQEq:
     All periodic images within the cutoff count. The published code takes minimum images only and is silently wrong in
     a cell narrower than twice the cutoff; in wider cells the two agree.
 
-    ``cut`` says which pairs count. With ``sites`` (default) each of the four core–shell lines of a pair ends at the
-    cutoff by its own length, so that energy and forces are continuous. The published code takes every line of a pair
-    whose cores are within the cutoff, with the polynomial going on beyond it: ``cores``. A pair that crosses the cutoff
-    then makes the energy jump. With two iterations the two differ by less than 1e-10 of the energy where
-    shells are short (water, LiPON), by 3e-7 in rattled NaCl and by 2e-6 (0.2 meV of 132 eV) in BaTiO3, whose shells
-    reach the clamp.
+    ``cut`` says which pairs count. The published code takes every line of a pair whose cores are within the cutoff,
+    with the polynomial going on beyond it: ``cores`` (default). A pair that crosses the cutoff then makes the
+    energy jump a little. With ``sites`` each of the four core–shell lines of a pair ends at the cutoff by its own
+    length, and energy and forces are continuous. With two iterations the two differ by less than 1e-10 of the
+    energy where shells are short (water, LiPON), by 3e-7 in rattled NaCl and by 2e-6 (0.2 meV of 132 eV) in BaTiO3,
+    whose shells reach the clamp.
 
     The cost is one dense LU factorisation of the charge matrix, O(N³) time and 16 N² bytes.
 
@@ -335,7 +335,7 @@ class TaperedPQEq:
     clamp : Å, the longest shell
     coulomb_constant : eV Å/e²; the published code has 14.399645 for the energy and 332.063710/23.060549 for the
         charges, which moves them by 3e-8 e
-    cut : ``sites`` or ``cores``
+    cut : ``cores`` or ``sites``
 
     Raises
     ------
@@ -350,7 +350,7 @@ class TaperedPQEq:
     iterations: int = 2
     clamp: float = 0.25
     coulomb_constant: float = COULOMB_CONSTANT
-    cut: str = "sites"
+    cut: str = "cores"
     pqeq: PQEq = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -360,7 +360,7 @@ class TaperedPQEq:
                 "or coulomb.method to auto"
             )
         if self.cut not in ("sites", "cores"):
-            raise InputError(f"coulomb.taper.cut is '{self.cut}': choose sites | cores")
+            raise InputError(f"coulomb.taper.cut is '{self.cut}': choose cores | sites")
         if self.iterations < 1:
             raise InputError(f"coulomb.taper.iterations is {self.iterations}: give 1 or more")
         for name, value, fix in (

@@ -26,7 +26,7 @@ from scipy.spatial.transform import Rotation
 from scipy.special import erf
 from torch import Tensor
 
-from voltpi.potential.electrostatics.pqeq import PQEq, PQEqSolution, _Functional
+from voltpi.potential.electrostatics.pqeq import KCAL_PER_EV, PQEq, PQEqSolution, _Functional, read_parameters
 from voltpi.potential.electrostatics.solver import linear_solve
 from voltpi.potential.electrostatics.taper import TaperedPQEq
 from voltpi.potential.errors import NoStablePointError, NotConvergedError
@@ -258,7 +258,7 @@ def print_solids(structures: dict[str, Atoms], rattles: Sequence[float], seeds: 
 
 
 def print_clusters(structures: dict[str, Atoms], seeds: int, starts: int) -> None:
-    """The same atoms as a cluster with polar, bare surfaces; shifts against the wide limit."""
+    """The same atoms as a cluster with bare surfaces; shifts against the wide limit."""
     print(f"\nClusters cut from the crystals, open; shifts against `fene` {WIDE:g} Å (almost a harmonic spring).")
     head("cluster, rattled 0.05 Å", *COLUMNS)
     for name in CRYSTALS:
@@ -324,6 +324,25 @@ def print_rest(structures: dict[str, Atoms]) -> None:
         pull = point.model.coulomb_constant * z * (z + point.solution.charges[i]) * 4 * a**1.5 / (3 * np.pi**0.5)
         left = float(table["K"][i] - pull)
         row(name, point.systems.symbols[i], f"{table['K'][i]:.3f}", f"{left:.3f}", f"{point.softest():.3f}")
+
+
+def print_softened() -> None:
+    """Where an instability begins: rock salt whose sodium has a softer spring than the published one."""
+    print("\nNaCl (0.05 Å) with a softer Na; `none` / `fene` 0.25 Å / `fene` 0.5 Å.")
+    head("K of Na over the published one", "K, eV/Å²", "stable point", "longest shell, Å", "softest, eV/Å²", "products")
+    published = read_parameters()
+    frame = rattled(CRYSTALS["NaCl"](), 0.05, 1)
+    for factor in (1.0, 0.3, 0.2, 0.15, 0.1):
+        sodium = published["Na"]._replace(K=factor * published["Na"].K)
+        points = [solve(frame, parameters={**published, "Na": sodium}, **keywords) for keywords in LIMITERS.values()]
+        row(
+            factor,
+            f"{sodium.K / KCAL_PER_EV:.3f}",
+            " / ".join("no" if point is None else "yes" for point in points),
+            slashed([None if p is None else p.longest for p in points], ".3f"),
+            slashed([None if p is None else p.softest() for p in points], ".3f"),
+            slashed([None if p is None else int(p.solution.iterations) for p in points], ".0f"),
+        )
 
 
 def print_mixtures(count: int) -> None:
@@ -404,6 +423,7 @@ def main() -> None:
     print_solids(structures, options.rattles, options.seeds, options.starts)
     print_clusters(structures, options.seeds, options.starts)
     print_fields(structures)
+    print_softened()
     if options.mixtures:
         print_mixtures(options.mixtures)
     print_kernel()

@@ -286,7 +286,7 @@ def test_one_atom_alone():
     [
         ({"conserve": "fragments"}, "charges.conserve is 'fragments', which coulomb.method: taper does not have"),
         ({"response": "some"}, "charges.response is 'some': choose"),
-        ({"cut": "images"}, r"coulomb.taper.cut is 'images': choose sites \| cores"),
+        ({"cut": "images"}, r"coulomb.taper.cut is 'images': choose cores \| sites"),
         ({"iterations": 0}, "coulomb.taper.iterations is 0: give 1 or more"),
         ({"cutoff": float("nan")}, "coulomb.taper.cutoff is nan: give the largest distance"),
         ({"clamp": 0.0}, "coulomb.taper.clamp is 0: give the largest core-shell distance"),
