@@ -34,7 +34,7 @@ PLANS = {
     "batio3": Plan(0.5, 1.5, 0.5),
     "cspbi3": Plan(1.0, 2.0, 1.0),
     "water": Plan(0.25, 1.0, 0.25),
-    "lipon": Plan(0.5, 0.5, 0.075),
+    "lipon": Plan(0.5, 0.5, 0.05),
 }
 
 

@@ -74,7 +74,7 @@ def charge_model(charges: PQEq, scheme: str, tolerance: float | None = None) -> 
     if scheme == "published":
         return FixedChargeForces(cut="cores", **options)  # and its list of pairs, by the distance of cores
     if scheme == "taper":
-        return TaperedPQEq(**options)
+        return TaperedPQEq(cut="sites", **options)  # continuous where pairs cross the cutoff
     raise InputError(f"scheme is '{scheme}': choose published | taper | default")
 
 

@@ -173,7 +173,7 @@ class CompiledSites:
         threads = torch.get_num_threads()
         self._fill(1)
         n1, n2, _ = shape
-        layers = 2 * min(threads, n1 // (2 * w)) if threads > 1 and count * w**3 > 3_000_000 else 0
+        layers = 2 * min(threads, n1 // (2 * w)) if threads > 1 and count * w**3 > 1_500_000 else 0
         layer = self.first[:, 0] * layers // n1 if layers else np.zeros(count, dtype=np.int64)
         key = ((layer * (int(self.mesh.max(initial=0)) + 1) + self.mesh) * n1 + self.first[:, 0]) * n2 + self.first[
             :, 1
@@ -185,7 +185,7 @@ class CompiledSites:
             self.colours = [ranges[0::2], ranges[1::2]]
         else:
             self.colours = [[(0, count)]]
-        self.parts = kernels.shares(count, threads if count * w**3 > 3_000_000 else 1)
+        self.parts = kernels.shares(count, threads if count * w**3 > 1_500_000 else 1)
 
     def _fill(self, order: int) -> None:
         if order <= self.order:

@@ -47,6 +47,8 @@ LAMBDA = 0.462770
 """α = ½ λ/R²."""
 ROUGH_ACCURACY = 4e-3
 """Of the Coulomb sum in approximate Hessian products: a coarser one costs more Newton steps than it saves."""
+STEERING_RANGE = 2e-3
+"""Å; approximate Hessian products serve for shells within this distance (widths are 0.4 Å and more)."""
 FREE_SHELL_BOUND = 1.0
 """Å; with ``limiter: none`` a shell this far from its core has left every stable point."""
 
@@ -102,9 +104,7 @@ class _Point:
         self.gradient = torch.cat([g_q[:, None], g_shell], dim=1)
 
     def linearize(self) -> None:
-        f = self.functional
-        self.rough = self.coulomb if f.rough is f.operator else f.rough.at(self.q, self.shells)
-        self.rough.linearize()
+        self.rough = self.functional.steering(self)
         self._exact = self.coulomb is self.rough
 
     def product(self, direction: Tensor) -> Tensor:
@@ -161,6 +161,7 @@ class _Functional:
             self.rough = CoulombOperator(
                 system, table["alpha"], -self.z, accuracy=ROUGH_ACCURACY, rough=True, **options
             )
+        self._steering: CoulombState | None = None
         if model.conserve == "fragments":
             if system.fragments is None or system.fragment_charges is None:
                 raise InputError("charges.conserve is fragments but the structure has none: prepare it first")
@@ -174,6 +175,17 @@ class _Functional:
         # where charge flows between all atoms, long waves of it are stiff
         flows = model.conserve == "total"
         self.long_waves = [LongWaves(mesh, self.inverse_q, model.kernels) for mesh in self.rough.meshes if flows]
+
+    def steering(self, point: _Point) -> CoulombState:
+        """The Coulomb operator for Hessian products at a point; an earlier one where the shells have hardly moved."""
+        if self.rough is self.operator:
+            point.coulomb.linearize()
+            return point.coulomb
+        known = self._steering
+        if known is None or float((point.shells - known.shells).abs().max()) > STEERING_RANGE:
+            known = self._steering = self.rough.at(point.q, point.shells)
+            known.linearize()
+        return known
 
     def _sum(self, values: Tensor) -> Tensor:
         return torch.zeros_like(self.group_charge).index_add_(0, self.group, values)
