@@ -48,9 +48,9 @@ LAMBDA = 0.462770
 ROUGH_ACCURACY = 4e-3
 """Of the Coulomb sum in approximate Hessian products: a coarser one costs more Newton steps than it saves."""
 STEERING_RANGE = 2e-3
-"""Å; approximate Hessian products serve for shells within this distance (widths are 0.4 Å and more)."""
-FREE_SHELL_BOUND = 1.0
-"""Å; with ``limiter: none`` a shell this far from its core has left every stable point."""
+"""e, Å; approximate Hessian products serve for charges and shells within this distance."""
+FREE_SHELL_BOUND = 2.0
+"""Å; with ``limiter: none`` a shell this far from its core is past every sound stable point (K, Cs clusters: 1.4 Å)."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,7 @@ class _Functional:
                 system, table["alpha"], -self.z, accuracy=ROUGH_ACCURACY, rough=True, **options
             )
         self._steering: CoulombState | None = None
+        self._steering_at = torch.empty(0)
         if model.conserve == "fragments":
             if system.fragments is None or system.fragment_charges is None:
                 raise InputError("charges.conserve is fragments but the structure has none: prepare it first")
@@ -177,12 +178,14 @@ class _Functional:
         self.long_waves = [LongWaves(mesh, self.inverse_q, model.kernels) for mesh in self.rough.meshes if flows]
 
     def steering(self, point: _Point) -> CoulombState:
-        """The Coulomb operator for Hessian products at a point; an earlier one where the shells have hardly moved."""
+        """The Coulomb operator for Hessian products at a point; an earlier one where hardly anything has changed."""
         if self.rough is self.operator:
             point.coulomb.linearize()
             return point.coulomb
         known = self._steering
-        if known is None or float((point.shells - known.shells).abs().max()) > STEERING_RANGE:
+        here = torch.cat([point.q[:, None], point.shells], dim=1)
+        if known is None or float((here - self._steering_at).abs().max()) > STEERING_RANGE:
+            self._steering_at = here
             known = self._steering = self.rough.at(point.q, point.shells)
             known.linearize()
         return known
@@ -210,7 +213,7 @@ class _Functional:
             return 0.5 * self.stiff * u, self.stiff, torch.zeros_like(u)
         limit = self.bound**2
         room = 1 - u / limit
-        energy = -0.5 * self.stiff * limit * torch.log(room)
+        energy = -0.5 * self.stiff * limit * torch.log1p(-u / limit)
         return energy, self.stiff / room, 2 * self.stiff / (limit * room**2)
 
     def start(self, guess: tuple[Tensor, Tensor] | None) -> Tensor:

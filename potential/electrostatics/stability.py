@@ -50,4 +50,4 @@ def smallest_curvature(point: Point, functional: Functional) -> Tensor:
     matrix = torch.diag_embed(torch.stack(diagonal, dim=1))
     for k, length in enumerate(off[: len(diagonal) - 1]):
         matrix[:, k, k + 1] = matrix[:, k + 1, k] = length
-    return torch.minimum(out, 1 / torch.linalg.eigvalsh(matrix)[:, -1])
+    return torch.minimum(out, (1 / torch.linalg.eigvalsh(matrix)).amin(1))
