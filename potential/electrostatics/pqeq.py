@@ -393,6 +393,9 @@ class PQEq:
         solution = minimize(functional, functional.start(start), tolerance=self.tolerance, check=start is None)
         if start is not None and not bool(solution.converged.all()):
             solution = minimize(functional, functional.start(None), tolerance=self.tolerance)
+        if not bool(solution.converged.all()):  # so soft that the coarse operator misleads
+            functional.rough = functional.operator
+            solution = minimize(functional, functional.start(None), tolerance=self.tolerance)
         point = solution.point
         assert isinstance(point, _Point)
         self._check(system, point, solution)
