@@ -48,7 +48,8 @@ DIRECT_BELOW = 1000
 
 # measured on one CPU core, ns per application: an atom and a window point, a mesh point (times log2), a pair
 _COST_WINDOW, _COST_MESH, _COST_PAIR = 2.0, 0.75, 50.0
-_CACHED_KERNELS = 8
+# kernels that are kept from call to call: at least so many, and no more numbers than these
+_FEWEST_KERNELS, _CACHED_NUMBERS = 6, 40_000_000
 
 
 class Splitting(NamedTuple):
@@ -129,7 +130,7 @@ def _edges(box: _Box, lengths: list[float], tail: float) -> list[float]:
 
 
 class KernelCache:
-    """Kernels of the latest few boxes: they stay the same from step to step in a fixed cell."""
+    """Kernels of the latest boxes: they stay the same from step to step in a fixed cell."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[object, ...], Mesh] = {}
@@ -149,7 +150,7 @@ class KernelCache:
         key = (*(a.cpu().numpy().tobytes() for a in arrays), *box[2:], beta, k_e, window, dtype, str(inverse.device))
         mesh = self._kept.pop(key, None) or Mesh(box, inverse, split, beta, k_e, window, dtype)
         self._kept[key] = mesh
-        while len(self._kept) > _CACHED_KERNELS:
+        while len(self._kept) > _FEWEST_KERNELS and sum(m.size for m in self._kept.values()) > _CACHED_NUMBERS:
             del self._kept[next(iter(self._kept))]
         return mesh
 
@@ -264,7 +265,7 @@ class _MeshSum:
         self.has_pairs = bool(self.split.any())
         # 1/(own pair's β)², with which the mesh counts an atom's charge with itself
         diagonal = torch.where(self.split.diagonal(), 1 / s.beta**2, 2 * inverse)
-        self.own_exponent = 1 / torch.maximum(diagonal, 2 * inverse)[self.kind]
+        self.own_exponent = 1 / diagonal[self.kind]
         # widths that only ever meet the splitting width share a channel
         merged = self.split.all(1)
         rest = (~merged).nonzero()[:, 0]
@@ -397,43 +398,66 @@ class _MeshSum:
 class LongWaves:
     """What a uniform medium does to long waves of charge: the slow part of equilibration, for a preconditioner.
 
-    With B the inverse hardness on the constraint surface and G the Coulomb interaction of charges smeared by ``_SMEAR``
-    (B⁻¹ + G)⁻¹ = B − B (G⁻¹ + B)⁻¹ B; in the middle B is replaced by its mean, a number, so that it is a product in
-    Fourier space. The mean is taken a little too large: where atoms are spread unevenly B falls short of it by some
-    N^-½, and what is subtracted must stay less than B. LiPON, cold: 28, 30, 28 products for 2160, 4320, 8640 atoms;
-    without this 63 and growing, since the largest eigenvalue of the Hessian grows like the square of the cell.
+    With B the inverse hardness of charges and shells on the constraint surface and G the Coulomb interaction,
+    smeared by ``_SMEAR``, (B⁻¹ + G)⁻¹ = B − B (G⁻¹ + B)⁻¹ B; in the middle B is replaced by its mean, a number for
+    every wave, so that it is a product in Fourier space. The mean is that of the space which atoms fill, and a
+    little too large: where atoms are spread unevenly B falls short of it by some N^-½, and what is subtracted must
+    stay less than B. LiPON, cold: the same number of products for 2160 and 17280 atoms; without this twice as many
+    and growing, since the largest eigenvalue of the Hessian grows like the square of the cell.
     """
 
     _SMEAR = 0.35  # 1/Å
     _WINDOW = Resolution(4, 2.4, 0.5)
     _MARGIN = 0.7
     _LEAST_MARGIN = 0.007  # copies of a small cell do not even out
+    _EVEN = 1.1  # a mean of the local over the average density up to which a structure counts as filling its box
 
-    def __init__(self, mesh: _MeshSum, inverse_hardness: Tensor, cache: KernelCache) -> None:
+    def __init__(self, mesh: _MeshSum, inverse_hardness: Tensor, inverse_stiffness: Tensor, cache: KernelCache) -> None:
         self.sum = mesh
         box = mesh.coarse_box(self._WINDOW.spacing / self._SMEAR)
         width = torch.full((1,), 0.5 / self._SMEAR**2, dtype=torch.float64, device=mesh.inverse.device)
         whole = torch.zeros(1, 1, dtype=torch.bool, device=width.device)
         self.mesh = cache(box, width, whole, math.inf, mesh.operator.k_e, self._WINDOW, torch.float32)
         self.sites = make_sites(self.mesh.points(mesh.positions), mesh.replica, box.shape, self._WINDOW, torch.float32)
-        atoms = len(mesh.atoms) / len(mesh.members)
-        mean = (
-            (1 + max(self._MARGIN / math.sqrt(atoms), self._LEAST_MARGIN))
-            * inverse_hardness[mesh.atoms].sum()
-            / len(mesh.members)
-        )
+        self.shell_charge = mesh.operator.shell_charge[mesh.atoms]
+        atoms, replicas = len(mesh.atoms), len(mesh.members)
+        margin = 1 + max(self._MARGIN / math.sqrt(atoms / replicas), self._LEAST_MARGIN)
+        b = inverse_hardness[mesh.atoms]
+        k2 = self.mesh.wave_vectors().square().sum(-1)
+        polarizable = self.shell_charge.square() * inverse_stiffness[mesh.atoms]
+        mean = self._dense(b) + k2 * self._dense(polarizable)
+        mean = (margin / replicas) * mean
         smooth = self.mesh.form[0].square()
         self.filter = self.mesh.weight * smooth / (1 + self.mesh.bare * smooth * mean.to(torch.float32))
         self.filter[0] = 0
 
-    def __call__(self, charges: Tensor) -> Tensor:
-        """Potential [n] of (G⁻¹ + B)⁻¹ at the atoms, from charges [n]."""
-        grid = self.mesh.grid(len(self.sum.members))
-        self.sites.spread(charges.to(torch.float32).contiguous(), grid)
-        waves = torch.fft.rfftn(grid, dim=(1, 2, 3)).reshape(len(grid), -1)
+    def _dense(self, weights: Tensor) -> Tensor:
+        """Sum of weights [n]; beside a vacuum, what it would be were the whole box as dense as the densest place."""
+        grid = self._empty()
+        self.sites.spread(weights.to(torch.float32).contiguous(), grid)
+        average = grid.mean((1, 2, 3))
+        density = self._gathered(grid, self.mesh.form[0])[:, 0]
+        relative = density / (average[self.sum.replica] * self.sites.gather(grid.fill_(1.0)))
+        uneven = float((relative * weights).sum() / weights.sum()) > self._EVEN if bool(weights.any()) else False
+        return weights.sum() * relative.max() if uneven else weights.sum()
+
+    def _empty(self) -> Tensor:
+        return self.mesh.grid(len(self.sum.members))
+
+    def _gathered(self, grid: Tensor, factors: Tensor) -> Tensor:
+        """Values and gradients [n, 4] at the atoms of a grid, whose waves are multiplied by ``factors``."""
         n1, n2, n3 = self.mesh.box.shape
-        felt = (self.filter * waves).reshape(-1, n1, n2, n3 // 2 + 1)
-        return self.sites.gather(self.mesh.back(felt))
+        waves = torch.fft.rfftn(grid, dim=(1, 2, 3)).reshape(len(grid), -1)
+        return self.sites.gather_gradient(self.mesh.back((factors * waves).reshape(-1, n1, n2, n3 // 2 + 1)))
+
+    def __call__(self, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """(G⁻¹ + B)⁻¹ of charges and shell displacements [n, 4]: at their atoms, ([n], [n, 3])."""
+        grid = self._empty()
+        self.sites.spread(direction[:, 0].to(torch.float32).contiguous(), grid)
+        moved = (self.shell_charge[:, None] * direction[:, 1:]) @ self.mesh.to_mesh
+        self.sites.spread_dipoles(moved.to(torch.float32), grid)
+        felt = self._gathered(grid, self.filter)
+        return felt[:, 0], self.shell_charge[:, None] * (felt[:, 1:] @ self.mesh.to_mesh.T)
 
 
 class _MeshState:

@@ -303,9 +303,9 @@ def pair_field(
                 y = vectors[p, 1] + b * shells[j, 1] - a * shells[i, 1]
                 z = vectors[p, 2] + b * shells[j, 2] - a * shells[i, 2]
                 where = (x * x + y * y + z * z) / step
-                k = int(where)
-                if k >= intervals:
+                if not where < intervals:  # nor for what is not a number
                     continue
+                k = int(where)
                 c = table[t, k]
                 v = (where - k - 0.5) * step
                 b0 = c[7]

@@ -175,7 +175,9 @@ class _Functional:
         self.group_weight = self._sum(self.inverse_q)
         # where charge flows between all atoms, long waves of it are stiff
         flows = model.conserve == "total"
-        self.long_waves = [LongWaves(mesh, self.inverse_q, model.kernels) for mesh in self.rough.meshes if flows]
+        self.long_waves = [
+            LongWaves(mesh, self.inverse_q, self.inverse_shell, model.kernels) for mesh in self.rough.meshes if flows
+        ]
 
     def steering(self, point: _Point) -> CoulombState:
         """The Coulomb operator for Hessian products at a point; an earlier one where hardly anything has changed."""
@@ -235,11 +237,14 @@ class _Functional:
         return out
 
     def precondition(self, residual: Tensor) -> Tensor:
-        charges = self._flow(residual[:, 0])
+        out = torch.cat([self._flow(residual[:, 0])[:, None], self.inverse_shell[:, None] * residual[:, 1:]], dim=1)
+        if not self.long_waves:
+            return out
+        felt = torch.zeros_like(out)
         for waves in self.long_waves:
-            felt = torch.zeros_like(charges).index_add_(0, waves.sum.atoms, waves(charges[waves.sum.atoms]))
-            charges = charges - self._flow(felt)
-        return torch.cat([charges[:, None], self.inverse_shell[:, None] * residual[:, 1:]], dim=1)
+            atoms = waves.sum.atoms
+            felt[atoms, 0], felt[atoms, 1:] = waves(out[atoms])
+        return out - torch.cat([self._flow(felt[:, 0])[:, None], self.inverse_shell[:, None] * felt[:, 1:]], dim=1)
 
     def _flow(self, potential: Tensor) -> Tensor:
         """Charges that a potential [n] moves without interaction, on the constraint surface, times −1."""
@@ -392,10 +397,14 @@ class PQEq:
         # a warm start follows its branch; what is new is checked to be a minimum
         solution = minimize(functional, functional.start(start), tolerance=self.tolerance, check=start is None)
         if start is not None and not bool(solution.converged.all()):
-            solution = minimize(functional, functional.start(None), tolerance=self.tolerance)
+            kept = functional.segments.spread(solution.converged)
+            again = torch.where(kept, solution.y, functional.start(None))
+            solution = minimize(functional, again, tolerance=self.tolerance)
         if not bool(solution.converged.all()):  # so soft that the coarse operator misleads
             functional.rough = functional.operator
-            solution = minimize(functional, functional.start(None), tolerance=self.tolerance)
+            kept = functional.segments.spread(solution.converged)
+            again = torch.where(kept, solution.y, functional.start(None))
+            solution = minimize(functional, again, tolerance=self.tolerance)
         point = solution.point
         assert isinstance(point, _Point)
         self._check(system, point, solution)
@@ -411,7 +420,7 @@ class PQEq:
         curvature = None
         if smallest_curvature:
             point.linearize()
-            curvature = stability.smallest_curvature(point, functional)
+            curvature = stability.smallest_curvature(point, functional, functional.z != 0)
         return PQEqSolution(
             energy=point.energy,
             terms=point.terms,

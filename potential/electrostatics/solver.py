@@ -268,8 +268,6 @@ def negative_direction(point: Point, functional: Functional, like: Tensor) -> tu
         products += active
         curvature = seg.sum(p * hp)
         hit = active & (curvature < -1e-6 * seg.sum(p * functional.scale(p)))
-        if n % ask == 0 and bool(hit.any()):  # the approximate Hessian may only seem to have it
-            hit = hit & (seg.sum(p * point.exact_product(p)) < 0)
         out = torch.where(seg.spread(hit), p, out)
         found = found | hit
         active = active & (curvature > 0)  # a neutral mode ends the search as well
@@ -280,6 +278,8 @@ def negative_direction(point: Point, functional: Functional, like: Tensor) -> tu
         active = active & (rz_new >= 1e-6 * start)
         p = z + seg.spread(torch.where(active, rz_new / rz, 0.0)) * p
         rz = torch.where(active, rz_new, rz)
+    if bool(found.any()):  # the approximate Hessian may only seem to have it
+        found = found & (seg.sum(out * point.exact_product(out)) < 0)
     return out, found, products
 
 
@@ -296,13 +296,15 @@ def minimize(
     if not check:
         return solution
     products = solution.products
-    for _ in range(_ESCAPES):
+    for escapes in range(_ESCAPES + 1):
         solution.point.linearize()
         p, found, count = negative_direction(solution.point, functional, solution.y)
         products = products + count
         found = found & solution.converged
         if not bool(found.any()):
             return replace(solution, products=products)
+        if escapes == _ESCAPES:
+            break
         p = torch.where(seg.spread(found), p * seg.spread(0.01 / seg.largest(p).clamp(min=1e-300)), 0.0)
         uphill = seg.sum(p * solution.point.gradient) > 0
         p = torch.where(seg.spread(uphill), -p, p)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from voltpi.potential.electrostatics.solver import Functional, Point, linear_solve
+from voltpi.potential.errors import NotConvergedError
 
 __all__ = ["smallest_curvature"]
 
@@ -13,8 +14,10 @@ _STEPS = 16
 _TOLERANCE = 1e-6  # eV/Å, of the linear solves
 
 
-def smallest_curvature(point: Point, functional: Functional) -> Tensor:
+def smallest_curvature(point: Point, functional: Functional, polarizable: Tensor) -> Tensor:
     """Smallest eigenvalue [b] (eV/Å²) of the shells' Hessian with the charges relaxed, at a linearized point.
+
+    ``polarizable`` [n]: atoms that have a shell (infinite where no atom of a structure has one).
 
     Lanczos on its inverse, each application one solve of the whole Hessian with a force on the shells alone; 16 steps
     from a fixed start without symmetry give the smallest eigenvalue to a per cent and better. Where the Hessian is not
@@ -25,7 +28,8 @@ def smallest_curvature(point: Point, functional: Functional) -> Tensor:
     first = torch.searchsorted(seg.batch, seg.batch)
     place = 3 * (torch.arange(len(like), device=like.device) - first)[:, None] + torch.arange(3, device=like.device)
     v = torch.sin(1.0 + 0.7390851332151607 * place.to(like.dtype) ** 2)
-    v = v / seg.spread(seg.sum(v * v).sqrt())
+    v = v * polarizable[:, None]
+    v = v / seg.spread(seg.sum(v * v).sqrt().clamp(min=1e-300))
     basis, diagonal, off = [v], [], []
     out = torch.full((seg.count,), torch.inf, dtype=like.dtype, device=like.device)
     for _ in range(_STEPS):
@@ -37,7 +41,12 @@ def smallest_curvature(point: Point, functional: Functional) -> Tensor:
             out = torch.where(answer.negative_curvature, torch.minimum(out, found), out)
             if bool(answer.negative_curvature.all()):
                 return out
-        w = answer.x[:, 1:]
+        if not bool((answer.converged | answer.negative_curvature).all()):
+            raise NotConvergedError(
+                "the smallest curvature did not converge: charges and shells are at the edge of a polarization "
+                "catastrophe; give stiffer parameters (larger K)"
+            )
+        w = answer.x[:, 1:] * polarizable[:, None]
         diagonal.append(seg.sum(w * v))
         for u in basis:  # full orthogonalisation, twice is not needed for so few
             w = w - seg.spread(seg.sum(w * u)) * u

@@ -89,7 +89,7 @@ class Window:
             fit = Chebyshev.interpolate(piece, _DEGREE, domain=[-0.5, 0.5])
             power = fit.convert(kind=Polynomial, domain=[-1, 1], window=[-1, 1]).coef
             rows.append(np.pad(power, (0, _DEGREE + 1 - len(power))))
-        self.coefficients = np.ascontiguousarray(np.stack(rows, 1))
+        self.coefficients: Array = np.ascontiguousarray(np.stack(rows, 1), dtype=np.float64)
 
     def value(self, t: Array) -> Array:
         """φ at a distance of ``t`` mesh points."""

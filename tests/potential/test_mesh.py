@@ -39,7 +39,7 @@ def kaiser_bessel(t, support, b):
 
 
 def on_the_mesh(window, fraction):
-    """Value and derivatives [f, support] of the polynomials at fractions of a mesh interval, and the distances there."""
+    """Value and derivatives [f, support] of the polynomials at fractions of a mesh interval, and where that is."""
     powers = np.arange(len(window.coefficients))
     x = np.subtract(fraction, 0.5)[:, None]
     out = []
@@ -96,7 +96,7 @@ def test_deconvolution_undoes_spreading_and_gathering():
     assert abs(structure) ** 2 * window.deconvolution(n)[1] == pytest.approx(1.0, abs=1e-7)
 
 
-# -- sites: two implementations of one thing ---------------------------------------------------------------------------
+# -- sites: two implementations of one thing -------------------------------------------------------------------------
 
 
 def sites_of(kind, points, shape, window, dtype, meshes=3):
