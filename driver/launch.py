@@ -79,7 +79,8 @@ def run(
     refuse_starts(plan, record.settings)
     with _alone_in(plan.folder):
         # a short name in /tmp: unix socket paths have about a hundred bytes
-        scratch = Path(tempfile.mkdtemp(prefix="voltpi-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))
+        place = "/tmp" if os.access("/tmp", os.W_OK) else None
+        scratch = Path(tempfile.mkdtemp(prefix=f"voltpi-{os.getpid()}-", dir=place))
         try:
             return _Session(plan, record, drivers, scratch, quiet).run()
         finally:
