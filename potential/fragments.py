@@ -35,6 +35,8 @@ def _bonds(systems: Systems) -> tuple[np.ndarray, np.ndarray]:
     pairs = neighbor_list(systems, float(2 * BOND_TOLERANCE * radii.max()))
     i, j = pairs.index
     ion = torch.isin(systems.numbers, torch.tensor(IONS, device=systems.device))
+    if systems.electrode is not None:  # a metal is bonded to nothing that keeps a charge
+        ion = ion | (systems.electrode >= 0)
     length = pairs.vectors.norm(dim=-1) / (radii[i] + radii[j])
     length[ion[i] | ion[j]] = torch.inf
     bonded = length < BOND_TOLERANCE
@@ -79,7 +81,7 @@ def assign_fragments(
 
     Raises
     ------
-    InputError : the fragments' charges do not add up to the net charge of their structure
+    InputError : the fragments' charges do not add up to the net charge of a structure without electrodes
     """
     n = systems.n_atoms
     bonds, _ = _bonds(systems)
@@ -110,7 +112,8 @@ def assign_fragments(
         members = np.nonzero(system_of == b)[0]
         if initial_charges is None and len(members) == 1:
             charges[members] = net[b]
-        if abs(charges[members].sum() - net[b]) > 1e-6:
+        # electrodes take up what the fragments leave
+        if systems.electrode is None and abs(charges[members].sum() - net[b]) > 1e-6:
             raise InputError(
                 f"charges.net_charge is {net[b]:g} e but the {len(members)} fragments of the structure carry "
                 f"{charges[members].sum():g} e together: give every ion its charge as initial_charges in the structure "

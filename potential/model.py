@@ -12,6 +12,7 @@ from torch import Tensor
 from voltpi.potential.dispersion import D3
 from voltpi.potential.electrostatics.pqeq import PQEq, PQEqSolution
 from voltpi.potential.errors import InputError
+from voltpi.potential.external.electrodes import check_electrodes
 from voltpi.potential.fragments import assign_fragments
 from voltpi.potential.neighbors import NeighborCache, Neighbors, check_geometry
 from voltpi.potential.response import Response
@@ -101,12 +102,20 @@ class Potential:
             return systems
         if self.charges.conserve == "fragments" and systems.fragments is None:
             systems = assign_fragments(systems, labels=labels, initial_charges=initial_charges)
-        if self.charges.response != "all" and systems.carried is None:
-            free = systems.replace(field=torch.zeros_like(systems.field))
+        if self.charges.carries and systems.carried is None:
+            at_rest = systems.applied
+            if at_rest is not None:  # no field, and no potential on electrodes
+                held = [e.control == "charge" for e in self.charges.electrodes]
+                at_rest = at_rest * torch.tensor(held, device=at_rest.device)
+            free = systems.replace(field=torch.zeros_like(systems.field), applied=at_rest)
             carried = self.charges.solve(free).charges
             systems = systems.replace(carried=carried)
         if systems.carried is not None:
             _check_carried(systems)
+        if systems.electrode is not None:
+            if not isinstance(self.charges, PQEq):
+                raise InputError("electrodes need the whole Coulomb sum: set coulomb.method to auto")
+            check_electrodes(systems, self.charges.electrodes, self.charges.finite_field)
         return systems
 
     def __call__(
@@ -150,11 +159,13 @@ class Potential:
         charges, shells = forces.new_zeros(n), forces.new_zeros(n, 3)
         dipole, residual = forces.new_zeros(b, 3), forces.new_zeros(b)
         iterations = torch.zeros(b, dtype=torch.int64, device=self.device)
+        electrodes: dict[str, dict[str, Tensor]] = {}
         if solved is not None:
             terms.update(solved.terms)
             forces, virial = forces + solved.forces, virial + solved.virial
             charges, shells, dipole = solved.charges, solved.shells, solved.dipole
             residual, iterations = solved.residual, solved.iterations
+            electrodes = solved.electrodes
         return Response(
             energy=torch.stack(list(terms.values())).sum(0),
             forces=forces,
@@ -165,6 +176,7 @@ class Potential:
             energy_terms=terms,
             residual=residual,
             iterations=iterations,
+            electrodes=electrodes,
             born_charges=None if solved is None else solved.born_charges,
             polarizability=None if solved is None else solved.polarizability,
             smallest_curvature=None if solved is None else solved.smallest_curvature,
@@ -218,6 +230,8 @@ def _check_carried(systems: Systems) -> None:
             f"charges.carried has shape {tuple(carried.shape)} for {systems.n_atoms} atoms, or is not finite: give one "
             "charge (e) for every atom"
         )
+    if systems.electrode is not None:  # electrodes take up the rest
+        return
     sums = torch.zeros_like(systems.net_charge).index_add_(0, systems.batch, carried)
     wrong = (sums - systems.net_charge).abs() > 1e-6
     if bool(wrong.any()):

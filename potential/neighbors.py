@@ -20,6 +20,8 @@ __all__ = ["MINIMUM_DISTANCE", "NeighborCache", "Neighbors", "check_geometry", "
 
 MINIMUM_DISTANCE = 0.3
 """Å; two atoms closer than this are an error in the input, not a geometry."""
+_FEWEST_CELLS = 2.5
+"""Å; shorter searches cost more, for their many cells (3014 atoms of a slab: 190 ms at 0.3 Å, 5 ms at 3 Å)."""
 MAXIMUM_EXTENT = 1e4
 """Å; an open structure wider than this has flown apart (the grid of the neighbour list overflows some way above)."""
 _SMALLEST_STRETCH = 1e-4
@@ -51,7 +53,7 @@ def neighbor_list(systems: Systems, cutoff: float, *, half: bool = False) -> Nei
     positions = systems.positions.detach().cpu().numpy()
     cells = systems.cell.detach().cpu().numpy()
     pbc = systems.pbc.cpu().numpy()
-    calculator = VesinList(cutoff=cutoff, full_list=not half)
+    calculator = VesinList(cutoff=max(cutoff, _FEWEST_CELLS), full_list=not half)
     indices, shifts = [], []
     first = 0
     for b, count in enumerate(systems.counts()):
@@ -63,7 +65,11 @@ def neighbor_list(systems: Systems, cutoff: float, *, half: bool = False) -> Nei
         first += count
     index = torch.from_numpy(np.concatenate(indices, axis=1)).to(systems.device)
     shift = torch.from_numpy(np.concatenate(shifts)).to(systems.device)
-    return Neighbors(index, shift, edge_vectors(systems, index, shift))
+    vectors = edge_vectors(systems, index, shift)
+    if cutoff < _FEWEST_CELLS:
+        within = vectors.square().sum(-1) < cutoff**2
+        index, shift, vectors = index[:, within], shift[within], vectors[within]
+    return Neighbors(index, shift, vectors)
 
 
 class NeighborCache:

@@ -24,7 +24,8 @@ class Response:
     energy_terms : name -> [b], eV; they sum to ``energy``
     residual : [b], V, largest stationarity residual of charges and shells (0 without charges)
     iterations : [b], operator applications that the solver used
-    electrodes : name -> {"charge": [b], "potential": [b]}
+    electrodes : name -> {"charge": [b] (e), "potential": [b] (V), "residual": [b] (V)}; the last is how far its
+        atoms are from one potential
     born_charges : [n, 3, 3] or None, e, index order atom, dipole direction, displacement direction
     polarizability : [b, 3, 3] or None, Å³
     smallest_curvature : [b] or None, eV/Å², of the shells with the charges relaxed; near 0: close to a polarization

@@ -40,6 +40,8 @@ class Systems:
     parents : [n] int64 or None, an atom's bonded neighbour nearer to the root of its fragment (a root: itself);
         following it makes the fragment whole
     carried : [n] float64 or None, e, the charges that enter the dipole when ``response`` is not ``all``
+    electrode : [n] int64 or None, the electrode an atom belongs to; −1: none
+    applied : [b, electrodes] float64 or None, V of an electrode at a potential, e of one at a charge
     """
 
     positions: Tensor
@@ -53,6 +55,8 @@ class Systems:
     fragment_charges: Tensor | None = None
     parents: Tensor | None = None
     carried: Tensor | None = None
+    electrode: Tensor | None = None
+    applied: Tensor | None = None
 
     @classmethod
     def from_atoms(
@@ -132,6 +136,18 @@ class Systems:
         tensors = {k: v.to(device) for k, v in self.__dict__.items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
 
+    def take(self, atoms: Tensor) -> Systems:
+        """Some atoms [m] (ascending), of the same structures; fragments are left behind."""
+        return Systems(
+            positions=self.positions[atoms],
+            numbers=self.numbers[atoms],
+            cell=self.cell,
+            pbc=self.pbc,
+            batch=self.batch[atoms],
+            field=self.field,
+            net_charge=self.net_charge,
+        )
+
     def split(self) -> list[Systems]:
         """The structures one by one, in order."""
         parts: list[Systems] = []
@@ -155,6 +171,8 @@ class Systems:
                     fragment_charges=fragment_charges,
                     parents=None if self.parents is None else self.parents[atoms] - first_atom,
                     carried=None if self.carried is None else self.carried[atoms],
+                    electrode=None if self.electrode is None else self.electrode[atoms],
+                    applied=None if self.applied is None else self.applied[i : i + 1],
                 )
             )
             first_atom += count
@@ -164,9 +182,9 @@ class Systems:
     def join(cls, parts: Sequence[Systems]) -> Systems:
         """One batch of several; optional per-atom arrays must be present in all or in none.
 
-        Raises ValueError where only some parts carry fragments or carried charges.
+        Raises ValueError where only some parts have fragments, carried charges or electrodes.
         """
-        for name in ("fragments", "parents", "carried"):
+        for name in ("fragments", "parents", "carried", "electrode"):
             if len({getattr(p, name) is None for p in parts}) > 1:
                 raise ValueError(f"cannot join structures of which only some have {name}: give it to all or to none")
         first_atom = np.cumsum([0] + [p.n_atoms for p in parts])
@@ -195,4 +213,6 @@ class Systems:
             fragment_charges=cat("fragment_charges") if parts[0].fragments is not None else None,
             parents=offset("parents", first_atom),
             carried=cat("carried") if parts[0].carried is not None else None,
+            electrode=cat("electrode") if parts[0].electrode is not None else None,
+            applied=cat("applied") if parts[0].applied is not None else None,
         )

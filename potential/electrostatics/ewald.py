@@ -27,7 +27,7 @@ from torch import Tensor
 
 from voltpi.potential.electrostatics.gaussians import erf_kernel
 from voltpi.potential.electrostatics.mesh import Mesh, MeshBox, Sites, make_sites, mesh_shape
-from voltpi.potential.electrostatics.pairs import SWITCH_WIDTH, Pairs, PairState
+from voltpi.potential.electrostatics.pairs import SWITCH_WIDTH, Pairs, PairState, RigidPairs, RigidPairState
 from voltpi.potential.electrostatics.window import Resolution, resolutions
 from voltpi.potential.errors import InputError
 from voltpi.potential.neighbors import neighbor_list
@@ -50,6 +50,7 @@ DIRECT_BELOW = 1000
 _COST_WINDOW, _COST_MESH, _COST_PAIR = 2.0, 0.75, 50.0
 # kernels that are kept from call to call: at least so many, and no more numbers than these
 _FEWEST_KERNELS, _CACHED_NUMBERS = 6, 40_000_000
+_SKIN = 0.8  # Å, of lists of pairs that are kept
 
 
 class Splitting(NamedTuple):
@@ -79,7 +80,13 @@ def split_pairs(inverse: Tensor, beta: float) -> Tensor:
 
 
 def choose_splitting(
-    box: _Box, inverse: Tensor, counts: Tensor, accuracy: float, *, mesh_only: bool = False
+    box: _Box,
+    inverse: Tensor,
+    counts: Tensor,
+    accuracy: float,
+    *,
+    mesh_only: bool = False,
+    cost_pair: float = _COST_PAIR,
 ) -> Splitting:
     """The cheapest of all splittings that give the requested relative force error.
 
@@ -87,6 +94,7 @@ def choose_splitting(
     ----------
     inverse, counts : [c], 1/α (Å²) of the widths present, and atoms of each
     mesh_only : no pairs in real space
+    cost_pair : ns per pair
 
     β is taken from a coarse grid, so that it stays what it is for small strains and for replicas. Where a cell crosses
     from one β to the next the energy changes by the error of the sum.
@@ -112,7 +120,7 @@ def choose_splitting(
             shape = mesh_shape(_edges(box, lengths, decay / min(widest, beta)), spacing)
             points = math.prod(shape) * channels
             cost = _COST_WINDOW * atoms * window.support**3 + _COST_MESH * points * math.log2(math.prod(shape))
-            cost += _COST_PAIR * pairs
+            cost += cost_pair * pairs
             if cost < best:
                 best, splitting = cost, Splitting(beta, cutoff, window, spacing)
     assert splitting is not None
@@ -129,11 +137,52 @@ def _edges(box: _Box, lengths: list[float], tail: float) -> list[float]:
     return [e + tail + across for e in box.extent]
 
 
+class _List(NamedTuple):
+    """Pairs [2, p] closer than a cutoff and a skin, with lattice vectors [p, 3] (Å), where they were found."""
+
+    system: Systems
+    index: Tensor
+    offsets: Tensor
+
+
 class KernelCache:
-    """Kernels of the latest boxes: they stay the same from step to step in a fixed cell."""
+    """What stays the same from step to step: kernels of the latest boxes, and lists of pairs."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[object, ...], Mesh] = {}
+        self._lists: dict[tuple[object, ...], _List] = {}
+        self._splittings: dict[tuple[object, ...], Splitting] = {}
+
+    def splitting(
+        self, box: _Box, inverse: Tensor, counts: Tensor, accuracy: float, *, mesh_only: bool, cost_pair: float
+    ) -> Splitting:
+        """:func:`choose_splitting`, remembered for the latest boxes."""
+        arrays = (box.cell, inverse, counts)
+        key = (*(a.cpu().numpy().tobytes() for a in arrays), *box[1:], accuracy, mesh_only, cost_pair)
+        found = self._splittings.pop(key, None)
+        if found is None:
+            found = choose_splitting(box, inverse, counts, accuracy, mesh_only=mesh_only, cost_pair=cost_pair)
+        self._splittings[key] = found
+        while len(self._splittings) > _FEWEST_KERNELS:
+            del self._splittings[next(iter(self._splittings))]
+        return found
+
+    def pairs(self, system: Systems, cutoff: float, wanted: Tensor, key: tuple[object, ...]) -> tuple[Tensor, Tensor]:
+        """Index [2, p] and offsets [p, 3] of pairs among ``wanted`` [n] (bool), closer than ``cutoff`` (Å).
+
+        Found again where an atom has moved half the skin since, the cell has changed, or ``key`` is new.
+        """
+        key = (*key, system.n_atoms, cutoff)
+        known = self._lists.pop(key, None)
+        if known is None or not _near(known.system, system):
+            found = neighbor_list(system, cutoff + _SKIN, half=True)
+            kept = (wanted[found.index[0]] & wanted[found.index[1]]).nonzero()[:, 0]
+            index, shift = found.index[:, kept].contiguous(), found.shift[kept].to(system.cell.dtype)
+            known = _List(system, index, torch.einsum("pa,pab->pb", shift, system.cell[system.batch[index[0]]]))
+        self._lists[key] = known
+        while len(self._lists) > _FEWEST_KERNELS:
+            del self._lists[next(iter(self._lists))]
+        return known.index, known.offsets
 
     def __call__(
         self,
@@ -155,6 +204,15 @@ class KernelCache:
         return mesh
 
 
+def _near(old: Systems, new: Systems) -> bool:
+    """Whether a list of pairs found for ``old`` still holds for ``new``."""
+    if old.positions.shape != new.positions.shape or old.device != new.device:
+        return False
+    if not (torch.equal(old.cell, new.cell) and torch.equal(old.batch, new.batch) and torch.equal(old.pbc, new.pbc)):
+        return False
+    return bool((new.positions - old.positions).square().sum(-1).max() < (0.5 * _SKIN) ** 2)
+
+
 class CoulombOperator:
     """Interaction of the cores and shells of a batch of structures, built once per geometry.
 
@@ -167,6 +225,7 @@ class CoulombOperator:
     k_e : Coulomb constant, eV Å/e²
     cache : kernels to use again
     rough : no pairs in real space and float32 on the mesh, for second derivatives that only steer a solver
+    many_products : for a matrix: pairs are summed once and the mesh once for every atom
 
     Raises InputError for a structure that is periodic in one direction only.
     """
@@ -181,7 +240,9 @@ class CoulombOperator:
         k_e: float,
         cache: KernelCache | None = None,
         rough: bool = False,
+        many_products: bool = False,
     ) -> None:
+        self.cost_pair = _COST_PAIR / (system.n_atoms if many_products else 1)
         self.dtype = torch.float32 if rough else torch.float64
         self.mesh_only = rough
         self.system = system
@@ -207,6 +268,7 @@ class CoulombOperator:
         self._direct = self._direct_pairs(direct, counts) if direct else []
         self._reach = 0.0
         self._pairs: list[Pairs] = []
+        self.rigid = [(mesh, pairs) for mesh in self.meshes if (pairs := mesh.rigid_pairs()) is not None]
 
     @property
     def n_atoms(self) -> int:
@@ -228,13 +290,41 @@ class CoulombOperator:
         return a * b / (a + b)
 
     def pairs(self, shells: Tensor) -> list[Pairs]:
-        """Pairs that interact in real space when shells are displaced by ``shells`` [n, 3]."""
-        if any(mesh.has_pairs for mesh in self.meshes):
+        """Pairs of which one has a shell that interact in real space when shells are displaced by ``shells`` [n, 3]."""
+        sharp = [mesh for mesh in self.meshes if mesh.has_pairs and mesh.has_shells]
+        if sharp:
             farthest = float(shells.norm(dim=-1).max())
             if not self._pairs or farthest > self._reach:
                 self._reach = max(0.1, 1.5 * farthest)
-                self._pairs = [mesh.pairs(self._reach) for mesh in self.meshes if mesh.has_pairs]
+                self._pairs = [mesh.pairs(self._reach) for mesh in sharp]
         return self._direct + self._pairs
+
+    def charge_matrix(self) -> Tensor:
+        """∂²E/∂q∂q [n, n] (V/e) of one structure without shells, column by column."""
+        n, device = self.n_atoms, self.alpha.device
+        out = torch.zeros(n, n, dtype=torch.float64, device=device)
+        for pairs in self._direct:
+            out[pairs.index[0], pairs.index[1]] = (
+                self.k_e * erf_kernel(pairs.vectors.square().sum(-1), pairs.exponent)[0]
+            )
+        for _, pairs in self.rigid:
+            i, j = pairs.index
+            out.index_put_((i, j), self.k_e * pairs.radial()[1], accumulate=True)
+        out = out + out.T
+        for mesh in self.meshes:
+            own = -self.k_e * (2 / math.sqrt(math.pi)) * mesh.own_exponent.sqrt()
+            out.diagonal().add_(own)
+            one = torch.zeros(n, dtype=torch.float64, device=device)
+            for k in range(n):
+                one[k] = 1.0
+                grid = mesh.mesh.grid(mesh.channels)
+                mesh.core.spread(one, grid)
+                column = mesh.core.gather(mesh.mesh.potential(mesh.mesh.transform(grid)))
+                if mesh.has_pairs and mesh.boundary == "periodic":
+                    column = column + mesh.background(one)
+                out[:, k] += column
+                one[k] = 0.0
+        return 0.5 * (out + out.T)
 
     def at(self, charges: Tensor, shells: Tensor) -> CoulombState:
         """The operator at charges q [n] (core + shell) and shell displacements [n, 3]."""
@@ -259,7 +349,9 @@ class _MeshSum:
         inverse, self.kind = torch.unique(1 / alpha, return_inverse=True)
         box = self._box(system.cell[members[0]], system.pbc[members[0]].tolist())
         counts = torch.bincount(self.kind, minlength=len(inverse)).cpu() / len(members)
-        self.splitting = s = choose_splitting(box, inverse.cpu(), counts, accuracy, mesh_only=operator.mesh_only)
+        self.splitting = s = cache.splitting(
+            box, inverse.cpu(), counts, accuracy, mesh_only=operator.mesh_only, cost_pair=operator.cost_pair
+        )
         self.split = split_pairs(inverse.cpu(), s.beta).to(device)
         self.inverse = inverse
         self.has_pairs = bool(self.split.any())
@@ -286,7 +378,11 @@ class _MeshSum:
         self._where, self._accuracy = box, accuracy
         self.volume = float(torch.linalg.det(system.cell[members[0]]).abs()) if box.boundary == "periodic" else math.inf
         self.slot = self.replica * self.channels + channel[self.kind]
-        self.core = self.sites(self.positions)
+        self.core = self.sites(self.positions, self.slot)
+        shelled = operator.shell_charge[self.atoms] != 0
+        self.has_shells = bool(shelled.any())
+        self.shelled: Tensor | slice = slice(None) if bool(shelled.all()) else shelled.nonzero()[:, 0]
+        self._cache = cache
 
     def _box(self, cell: Tensor, pbc: list[bool]) -> _Box:
         rows, directions = cell.cpu().numpy(), [d for d in range(3) if pbc[d]]
@@ -341,17 +437,16 @@ class _MeshSum:
         """The same box with another spacing (Å)."""
         return self._mesh_box(self._where, self._accuracy, spacing)
 
-    def sites(self, positions: Tensor) -> Sites:
-        """The atoms' sites at other positions [n, 3]."""
+    def sites(self, positions: Tensor, slot: Tensor) -> Sites:
+        """Sites at positions [s, 3] (Å) on the meshes ``slot`` [s]."""
         return make_sites(
-            self.mesh.points(positions), self.slot, self.mesh.box.shape, self.splitting.window, self.mesh.dtype
+            self.mesh.points(positions), slot, self.mesh.box.shape, self.splitting.window, self.mesh.dtype
         )
 
-    def pairs(self, reach: float) -> Pairs:
-        """Pairs in real space for shells up to ``reach`` (Å) from their cores."""
-        operator = self.operator
-        parts = operator.system
-        subset = Systems(
+    def _subset(self) -> Systems:
+        """Its atoms as a batch of their own."""
+        parts = self.operator.system
+        return Systems(
             positions=self.positions,
             numbers=parts.numbers[self.atoms],
             cell=parts.cell[self.members],
@@ -360,30 +455,61 @@ class _MeshSum:
             field=parts.field[self.members],
             net_charge=parts.net_charge[self.members],
         )
-        found = neighbor_list(subset, self.splitting.cutoff + 2 * reach, half=True)
-        i, j = found.index
-        if not bool(self.split.all()):
-            kept = self.split[self.kind[i], self.kind[j]]
-            i, j, vectors = i[kept], j[kept], found.vectors[kept]
-        else:
-            vectors = found.vectors
-        index = torch.stack([self.atoms[i], self.atoms[j]])
-        s, kinds = self.splitting, len(self.inverse)
+
+    @property
+    def _together(self) -> Tensor:
+        """α_ij² of all pairs of widths, [kinds²]; something in range for those that are not summed in real space."""
         together = 1 / (self.inverse[:, None] + self.inverse)
-        kind = self.kind[i] * kinds + self.kind[j]
+        return torch.where(self.split, together, together[self.split].max()).reshape(-1)
+
+    def _interacting(self, i: Tensor, j: Tensor) -> Tensor:
+        """[p] bool, pairs that are sharper together than the splitting."""
+        return self.split[self.kind[i], self.kind[j]]
+
+    def rigid_pairs(self) -> RigidPairs | None:
+        """Pairs in real space neither of which has a shell; None where there is none."""
+        shelled = self.operator.shell_charge[self.atoms] != 0
+        if not self.has_pairs or bool(shelled.all()):
+            return None
+        subset, s = self._subset(), self.splitting
+        key = (tuple(self.members), shelled.cpu().numpy().tobytes())
+        index, offsets = self._cache.pairs(subset, s.cutoff, ~shelled, key)
+        if not bool(self.split.all()):
+            kept = self._interacting(*index).nonzero()[:, 0]
+            index, offsets = index[:, kept].contiguous(), offsets[kept]
+        return RigidPairs(
+            index=index,
+            offsets=offsets,
+            positions=self.positions,
+            kinds=self.kind,
+            exponents=self._together,
+            structure=self.replica,
+            beta=s.beta,
+            cutoff=s.cutoff,
+        )
+
+    def pairs(self, reach: float) -> Pairs:
+        """Pairs in real space of which one has a shell, for shells up to ``reach`` (Å) from their cores."""
+        found = neighbor_list(self._subset(), self.splitting.cutoff + 2 * reach, half=True)
+        i, j = found.index
+        kept = self._interacting(i, j)
+        if not isinstance(self.shelled, slice):
+            shelled = self.operator.shell_charge[self.atoms] != 0
+            kept &= shelled[i] | shelled[j]
+        vectors = found.vectors
+        if not bool(kept.all()):
+            i, j, vectors = i[kept], j[kept], vectors[kept]
+        index = torch.stack([self.atoms[i], self.atoms[j]])
+        together, kind = self._together, self.kind[i] * len(self.inverse) + self.kind[j]
         return Pairs(
             index=index,
             vectors=vectors,
-            exponent=together.reshape(-1)[kind],
-            structure=parts.batch[index[0]],
-            beta=s.beta,
-            cutoff=s.cutoff,
-            kinds=(torch.where(self.split, together, self._sharpest(together)).reshape(-1), kind),
+            exponent=together[kind],
+            structure=self.operator.system.batch[index[0]],
+            beta=self.splitting.beta,
+            cutoff=self.splitting.cutoff,
+            kinds=(together, kind),
         )
-
-    def _sharpest(self, together: Tensor) -> Tensor:
-        """In place of exponents of pairs that are not summed here."""
-        return together[self.split].max()
 
     def background(self, charges: Tensor) -> Tensor:
         """Potential of the uniform background that k = 0 of the real-space part leaves behind, [n] (V)."""
@@ -468,15 +594,17 @@ class _MeshState:
         self.shells = shells[mesh.atoms]
         self.charges = site_charges[:, mesh.atoms]
         self.shell_charge = self.charges[1]
-        self.shell_sites = mesh.sites(mesh.positions + self.shells)
         grid = self._empty()
-        mesh.core.spread(self.charges[0].to(self.mesh.dtype), grid)
-        self.shell_sites.spread(self.charges[1].to(self.mesh.dtype), grid)
+        mesh.core.spread(self.charges[0].to(self.mesh.dtype).contiguous(), grid)
+        if mesh.has_shells:
+            own = mesh.shelled
+            self.shell_sites = mesh.sites((mesh.positions + self.shells)[own], mesh.slot[own])
+            self.shell_sites.spread(self.shell_charge[own].to(self.mesh.dtype).contiguous(), grid)
         self.structure = self.mesh.transform(grid)
         self.field = self.mesh.potential(self.structure)
-        at_shell = self.shell_sites.gather_gradient(self.field)
+        at_shell = self._at_shells(self.field)
         self.potential = torch.stack([mesh.core.gather(self.field), at_shell[:, 0]])
-        self.shell_gradient = at_shell[:, 1:] @ self.mesh.to_mesh.T
+        self.shell_gradient = at_shell[:, 1:]
         self._own()
         if mesh.has_pairs and mesh.boundary == "periodic":
             background = mesh.background(self.charges.sum(0))
@@ -485,6 +613,14 @@ class _MeshState:
 
     def _empty(self) -> Tensor:
         return self.mesh.grid(len(self.sum.members) * self.sum.channels)
+
+    def _at_shells(self, field: Tensor) -> Tensor:
+        """Potential and gradient (V/Å) of a mesh at the shells, [n, 4]; 0 where there is none."""
+        out = torch.zeros(len(self.shells), 4, dtype=self.shells.dtype, device=self.shells.device)
+        if self.sum.has_shells:
+            found = self.shell_sites.gather_gradient(field)
+            out[self.sum.shelled] = torch.cat([found[:, :1], found[:, 1:] @ self.mesh.to_mesh.T], dim=1).to(out.dtype)
+        return out
 
     def _own(self) -> None:
         """Takes a core's and a shell's own atom, same image, out of the sum again."""
@@ -502,8 +638,11 @@ class _MeshState:
         return self.sum.core.gather_gradient(self.field)[:, 1:] @ self.mesh.to_mesh.T
 
     def _curvature(self) -> Tensor:
-        found = self.shell_sites.gather_curvature(self.field)[:, [0, 1, 2, 1, 3, 4, 2, 4, 5]].reshape(-1, 3, 3)
-        return self.mesh.to_mesh @ found @ self.mesh.to_mesh.T
+        out = torch.zeros(len(self.shells), 3, 3, dtype=self.shells.dtype, device=self.shells.device)
+        if self.sum.has_shells:
+            found = self.shell_sites.gather_curvature(self.field)[:, [0, 1, 2, 1, 3, 4, 2, 4, 5]].reshape(-1, 3, 3)
+            out[self.sum.shelled] = (self.mesh.to_mesh @ found @ self.mesh.to_mesh.T).to(out.dtype)
+        return out
 
     def linearize(self) -> Tensor:
         """∇∇φ at the shells, [n, 3, 3]; prepares ``product``."""
@@ -518,8 +657,9 @@ class _MeshState:
         """Change of the potential on the mesh with a direction [n, 4] in (q, Δ)."""
         grid = self._empty()
         self.sum.core.spread(direction[:, 0].to(self.mesh.dtype).contiguous(), grid)
-        moved = (self.shell_charge[:, None] * direction[:, 1:]) @ self.mesh.to_mesh
-        self.shell_sites.spread_dipoles(moved.to(self.mesh.dtype), grid)
+        if self.sum.has_shells:
+            moved = (self.shell_charge[:, None] * direction[:, 1:])[self.sum.shelled] @ self.mesh.to_mesh
+            self.shell_sites.spread_dipoles(moved.to(self.mesh.dtype), grid)
         return self.mesh.potential(self.mesh.transform(grid))
 
     def product(self, direction: Tensor) -> Tensor:
@@ -529,15 +669,14 @@ class _MeshState:
         out_q = self.sum.core.gather(change) + self.at_zero * dq + (self.own_core * dshells).sum(-1)
         if self.sum.has_pairs and self.sum.boundary == "periodic":
             out_q = out_q + self.sum.background(dq)
-        gradient = self.shell_sites.gather_gradient(change)[:, 1:] @ self.mesh.to_mesh.T
-        out_shell = self.shell_charge[:, None] * gradient + self.own_core * dq[:, None]
+        out_shell = self.shell_charge[:, None] * self._at_shells(change)[:, 1:] + self.own_core * dq[:, None]
         return torch.cat([out_q[:, None], out_shell], dim=1)
 
     def core_gradient_change(self, direction: Tensor) -> Tensor:
         """Change of Σ_sites Q ∇φ of every whole atom; its own core–shell term moves along and drops out."""
         change = self._change(direction)
         at_core = self.sum.core.gather_gradient(change)[:, 1:] @ self.mesh.to_mesh.T
-        at_shell = self.shell_sites.gather_gradient(change)[:, 1:] @ self.mesh.to_mesh.T
+        at_shell = self._at_shells(change)[:, 1:]
         out = self.charges[0][:, None] * at_core + self.shell_charge[:, None] * at_shell
         out = out + direction[:, :1] * self.core_mesh_gradient()
         return out + self.shell_charge[:, None] * torch.einsum("nxy,ny->nx", self.curvature, direction[:, 1:])
@@ -574,9 +713,15 @@ class CoulombState:
         self._core_gradient: Tensor | None = None
         self._pairs = [PairState(p, self.site_charges, shells, operator.k_e) for p in operator.pairs(shells)]
         self._meshes = [_MeshState(m, self.site_charges, shells) for m in operator.meshes]
+        self._rigid = [
+            (m, RigidPairState(p, self.site_charges[0, m.atoms], len(m.members), operator.k_e))
+            for m, p in operator.rigid
+        ]
         for pairs in self._pairs:
             self.potential += pairs.potential
             self.shell_gradient += pairs.gradient[1]
+        for part, rigid in self._rigid:
+            self.potential[0, part.atoms] += rigid.potential
         for mesh in self._meshes:
             self.potential[:, mesh.sum.atoms] += mesh.potential
             self.shell_gradient[mesh.sum.atoms] += mesh.shell_gradient + mesh.own_shell_gradient
@@ -593,6 +738,8 @@ class CoulombState:
                 out += pairs.gradient[0]
             for mesh in self._meshes:
                 out[mesh.sum.atoms] += mesh.core_mesh_gradient() + mesh.own_core_gradient
+            for part, rigid in self._rigid:
+                out[part.atoms] += rigid.gradient
             self._core_gradient = out
         return self._core_gradient
 
@@ -618,6 +765,8 @@ class CoulombState:
             out += pairs.product(direction)
         for mesh in self._meshes:
             out[mesh.sum.atoms] += mesh.product(direction[mesh.sum.atoms])
+        for part, rigid in self._rigid:
+            out[part.atoms, 0] += rigid.product(direction[part.atoms, 0])
         return out
 
     def matrix(self) -> Tensor | None:
@@ -642,6 +791,8 @@ class CoulombState:
             out += pairs.core_gradient_change(direction)
         for mesh in self._meshes:
             out[mesh.sum.atoms] += mesh.core_gradient_change(direction[mesh.sum.atoms])
+        for part, rigid in self._rigid:
+            out[part.atoms] += rigid.core_gradient_change(direction[part.atoms, 0])
         return out
 
     def virial(self) -> Tensor:
@@ -651,4 +802,6 @@ class CoulombState:
             out += pairs.virial(len(out))
         for mesh in self._meshes:
             out[mesh.sum.members] += mesh.virial()
+        for part, rigid in self._rigid:
+            out[part.members] += rigid.virial()
         return 0.5 * (out + out.transpose(1, 2))

@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -241,6 +242,11 @@ def make_sites(
     return kind(points, mesh, shape, window, dtype)
 
 
+def _overlap(a: Tensor, b: Tensor) -> Tensor:
+    """Re a* b."""
+    return a.real * b.real + a.imag * b.imag
+
+
 class Mesh:
     """Kernels between the channels for one box.
 
@@ -333,7 +339,7 @@ class Mesh:
     @property
     def size(self) -> int:
         """Numbers that the kernels hold."""
-        return self.matrix.numel() if self.any_split else self.form.numel() + 2 * self.waves
+        return 12 * self.waves + (self.matrix.numel() if self.any_split else self.form.numel() + 2 * self.waves)
 
     def points(self, positions: Tensor) -> Tensor:
         """Mesh coordinates [n, 3] of positions (Å)."""
@@ -393,22 +399,31 @@ class Mesh:
             slope = torch.zeros_like(power)
             for a, row in enumerate(self.matrix):
                 for b, kernel in enumerate(row):
-                    part = kernel * (structure[:, a].conj() * structure[:, b]).real
+                    part = kernel * _overlap(structure[:, a], structure[:, b])
                     power += part
                     slope += self.pair_inverse[a, b] * part
+        elif len(self.inverse) == 1:
+            power = (self.weight * self.form[0].square()) * _overlap(structure[:, 0], structure[:, 0])
+            slope = 2 * self.inverse[0] * power
         else:
             total = (self.form * structure).sum(1)
-            power = self.weight * total.abs().square()
+            power = self.weight * _overlap(total, total)
             wide = (self.inverse[:, None] * self.form * structure).sum(1)
-            slope = 2 * self.weight * (total.conj() * wide).real
+            slope = 2 * self.weight * _overlap(total, wide)
+        through_kernel, through_width = self._strain_weights
+        found = power.to(torch.float64) @ through_kernel - slope.to(torch.float64) @ through_width
+        return found[:, [0, 1, 2, 1, 3, 4, 2, 4, 5]].reshape(-1, 3, 3)
+
+    @cached_property
+    def _strain_weights(self) -> tuple[Tensor, Tensor]:
+        """What a unit of power adds to the strain derivative through G T, and through a width 1/α: [k, 6] each."""
         # a wave vector on the half mesh stands for its opposite as well
         n1, n2, n3 = self.box.shape
-        count = torch.full((n3 // 2 + 1,), 2.0, dtype=torch.float64, device=structure.device)
+        count = torch.full((n3 // 2 + 1,), 2.0, dtype=torch.float64, device=self.inverse.device)
         count[0] = 1
         if n3 % 2 == 0:
             count[-1] = 1
         scale = count.expand(n1, n2, -1).reshape(-1) / math.prod(self.box.shape)
-        power, slope = scale * power, 0.25 * scale * slope
         k = self.wave_vectors()
         k2 = k.square().sum(-1)
         log_slope = -1 / k2.clamp(min=1e-300)  # d ln(T/k²)/dk²
@@ -419,18 +434,21 @@ class Mesh:
             rise = self.box.reach * torch.sin(self.box.reach * length) / (2 * length * truncation)
             rise[0] = 0
             log_slope = log_slope + rise
-        change = power * log_slope - slope
-        eye = torch.eye(3, dtype=torch.float64, device=power.device)
-        out = 0.5 * power.sum(-1)[:, None, None] * eye + torch.einsum("rk,ka,kb->rab", change, k, k)
-        return out - self._slab_strain(power, k) if self.box.boundary == "slab" else out
+        rows, columns = [0, 0, 0, 1, 1, 2], [0, 1, 2, 1, 2, 2]
+        squares = k[:, rows] * k[:, columns]
+        through_kernel = log_slope[:, None] * squares
+        through_kernel[:, [0, 3, 5]] += 0.5
+        if self.box.boundary == "slab":
+            through_kernel -= self._slab_strain(k)[:, rows, columns]
+        return scale[:, None] * through_kernel, 0.25 * scale[:, None] * squares
 
-    def _slab_strain(self, power: Tensor, k: Tensor) -> Tensor:
-        """∂E/∂strain through T, whose box is strained along: k∥ L changes, the index n does not."""
+    def _slab_strain(self, k: Tensor) -> Tensor:
+        """∂ ln T/∂strain of every wave, [k, 3, 3]: its box is strained along; k∥ L changes, the index n does not."""
         fade, in_plane = self._fade(k)
         across = torch.outer(self._normal, self._normal)
         length = in_plane.norm(dim=-1)
-        truncation = torch.where(fade == 1, 1.0, 1 - fade)
-        amount = 0.5 * power * fade * length * self.box.reach / truncation
+        amount = 0.5 * fade * length * self.box.reach / torch.where(fade == 1, 1.0, 1 - fade)
         direction = in_plane / length.clamp(min=1e-300)[:, None]
-        out = amount.sum(-1)[:, None, None] * across - torch.einsum("rk,ka,kb->rab", amount, direction, direction)
-        return out + power[:, 0, None, None] * across  # −2π(L/2)² at k = 0 grows with L²
+        out = amount[:, None, None] * (across - direction[:, :, None] * direction[:, None, :])
+        out[0] += across  # −2π(L/2)² at k = 0 grows with L²
+        return out

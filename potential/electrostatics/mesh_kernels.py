@@ -30,6 +30,7 @@ __all__ = [
     "mix_matrix",
     "mix_product",
     "pair_field",
+    "rigid_field",
     "shares",
     "spread",
     "spread_dipoles",
@@ -275,25 +276,68 @@ def mix_matrix(begin: int, end: int, matrix: Array, structure: Any, out: Any) ->
 
 
 @_jit
+def _polynomial(c: Array, v: float) -> tuple[float, float]:
+    """Value and derivative at v of a polynomial with 8 coefficients."""
+    value = c[7]
+    slope = 0.0
+    for power in range(6, -1, -1):
+        slope = slope * v + value
+        value = value * v + c[power]
+    return value, slope
+
+
+@_jit
+def _kernel(
+    u: float, t: int, fine: Array, ends: Array, steps: Array, coarse: Array, step: float, start: float, cutoff: float
+) -> tuple[float, float]:
+    """B₀ and its derivative in u = r², pairs of kind t; switched off between ``start`` and ``cutoff`` (Å²).
+
+    Near the origin the table ``fine`` [kinds, intervals, 8], up to ``ends`` [kinds] (Å²); beyond, where erf(a r) = 1,
+    the switched 1/r and the table ``coarse`` [intervals, 8] of what is taken from it.
+    """
+    if u < ends[t]:
+        where = u / steps[t]
+        k = int(where)
+        return _polynomial(fine[t, k], (where - k - 0.5) * steps[t])
+    where = u / step
+    k = int(where)
+    if not k < coarse.shape[0]:
+        return 0.0, 0.0
+    value, slope = _polynomial(coarse[k], (where - k - 0.5) * step)
+    inverse = 1.0 / np.sqrt(u)
+    if u <= start:
+        return value + inverse, slope - 0.5 * inverse / u
+    width = cutoff - start
+    x = (u - start) / width
+    y = 1.0 - x
+    s = y * y * y * (1.0 + 3.0 * x + 6.0 * x * x)
+    ds = -30.0 * (x * y) * (x * y) / width
+    return value + s * inverse, slope + (ds - 0.5 * s / u) * inverse
+
+
+@_jit
 def pair_field(
     begin: int,
     end: int,
     index: Any,
     vectors: Array,
     kind: Any,
-    table: Array,
+    fine: Array,
+    ends: Array,
+    steps: Array,
+    coarse: Array,
     step: float,
+    start: float,
+    cutoff: float,
     shells: Array,
     charges: Array,
     out: Array,
     pull: Array,
 ) -> None:
-    """Potential and gradient at cores and shells [n, 8] from pairs begin … end, with tabulated kernels.
+    """Potential and gradient at cores and shells [n, 8] from pairs begin … end, with tabulated kernels (``_kernel``).
 
-    ``table`` [kinds, intervals, 8] holds powers of the distance from an interval's middle in u = r², each interval
-    ``step`` wide; beyond the last one there is no interaction. ``pull`` [p, 3]: Σ Q Q' B₁ d of every pair.
+    Beyond ``cutoff`` (Å²) there is no interaction. ``pull`` [p, 3]: Σ Q Q' B₁ d of every pair.
     """
-    intervals = table.shape[1]
     for p in range(begin, end):
         i, j, t = index[0, p], index[1, p], kind[p]
         px = py = pz = 0.0
@@ -302,17 +346,10 @@ def pair_field(
                 x = vectors[p, 0] + b * shells[j, 0] - a * shells[i, 0]
                 y = vectors[p, 1] + b * shells[j, 1] - a * shells[i, 1]
                 z = vectors[p, 2] + b * shells[j, 2] - a * shells[i, 2]
-                where = (x * x + y * y + z * z) / step
-                if not where < intervals:  # nor for what is not a number
+                u = x * x + y * y + z * z
+                if not u < cutoff:  # nor for what is not a number
                     continue
-                k = int(where)
-                c = table[t, k]
-                v = (where - k - 0.5) * step
-                b0 = c[7]
-                slope = 0.0
-                for power in range(6, -1, -1):
-                    slope = slope * v + b0
-                    b0 = b0 * v + c[power]
+                b0, slope = _kernel(u, t, fine, ends, steps, coarse, step, start, cutoff)
                 b1 = -2.0 * slope
                 qi, qj = charges[a, i], charges[b, j]
                 out[i, 4 * a] += b0 * qj
@@ -328,6 +365,63 @@ def pair_field(
                 py += w * y
                 pz += w * z
         pull[p, 0], pull[p, 1], pull[p, 2] = px, py, pz
+
+
+@_jit
+def rigid_field(
+    begin: int,
+    end: int,
+    index: Any,
+    offsets: Array,
+    positions: Array,
+    kinds: Any,
+    count: int,
+    fine: Array,
+    ends: Array,
+    steps: Array,
+    coarse: Array,
+    step: float,
+    start: float,
+    cutoff: float,
+    charges: Array,
+    structure: Any,
+    out: Array,
+    pull: Array,
+) -> None:
+    """Potential and gradient [n, 4] of atoms without shells from pairs begin … end of a list.
+
+    The list may reach beyond the cutoff. ``offsets`` [p, 3]: of the image of the second atom (Å); ``kinds`` [n] of
+    ``count``: the widths of the atoms. ``pull`` [structures, 3, 3]: Σ Q Q' B₁ d dᵀ (its upper half).
+    """
+    for p in range(begin, end):
+        i, j = index[0, p], index[1, p]
+        x = positions[j, 0] - positions[i, 0] + offsets[p, 0]
+        y = positions[j, 1] - positions[i, 1] + offsets[p, 1]
+        z = positions[j, 2] - positions[i, 2] + offsets[p, 2]
+        u = x * x + y * y + z * z
+        if not u < cutoff:
+            continue
+        t = kinds[i] * count + kinds[j]
+        b0, slope = _kernel(u, t, fine, ends, steps, coarse, step, start, cutoff)
+        qi, qj = charges[i], charges[j]
+        b1 = -2.0 * slope
+        vi, vj = b1 * qj, b1 * qi
+        out[i, 0] += b0 * qj
+        out[i, 1] += vi * x
+        out[i, 2] += vi * y
+        out[i, 3] += vi * z
+        out[j, 0] += b0 * qi
+        out[j, 1] -= vj * x
+        out[j, 2] -= vj * y
+        out[j, 3] -= vj * z
+        w = vi * qi
+        s = structure[i]
+        pull[s, 0, 0] += w * x * x
+        pull[s, 0, 1] += w * x * y
+        pull[s, 0, 2] += w * x * z
+        pull[s, 1, 1] += w * y * y
+        pull[s, 1, 2] += w * y * z
+        pull[s, 2, 2] += w * z * z
 
 
 @lru_cache(maxsize=1)

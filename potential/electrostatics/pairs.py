@@ -8,6 +8,7 @@ B₀, B₁, B₂ (:mod:`voltpi.potential.electrostatics.gaussians`) at the four 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from voltpi.potential.electrostatics import mesh_kernels as kernels
 from voltpi.potential.electrostatics.gaussians import erf_kernel, smooth_switch, switched
 
-__all__ = ["SWITCH_WIDTH", "PairState", "Pairs"]
+__all__ = ["SWITCH_WIDTH", "PairState", "Pairs", "RigidPairState", "RigidPairs"]
 
 SWITCH_WIDTH = 0.1
 """Share of the cutoff over which a real-space sum is switched off."""
@@ -49,6 +50,99 @@ class Pairs(NamedTuple):
 _NODES = 8  # Chebyshev points of an interval of a table
 _INTERVALS = 100  # the switch begins on one of their ends: 0.9² = 81/100
 _FINEST = 0.25  # width of an interval times the larger exponent
+_SHARP = 36.0  # exponent times r² from which erf is 1 to all digits
+
+
+class RigidPairs(NamedTuple):
+    """Pairs of atoms that have no shells, each once, in a list that may reach beyond the cutoff.
+
+    index : [2, p]
+    offsets : [p, 3], Å, lattice vector of the second atom's image
+    positions : [n, 3], Å
+    kinds : [n], the width of an atom
+    exponents : [kinds², ], Å⁻², α_ij² of widths i and j at i·kinds + j
+    structure : [n], the structure of the batch that an atom belongs to
+    beta, cutoff : as in :class:`Pairs`
+    """
+
+    index: Tensor
+    offsets: Tensor
+    positions: Tensor
+    kinds: Tensor
+    exponents: Tensor
+    structure: Tensor
+    beta: float
+    cutoff: float
+
+    def radial(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Lines [p, 3] (Å) and B₀, B₁ [p] there, without k_e."""
+        i, j = self.index
+        d = self.positions[j] - self.positions[i] + self.offsets
+        kinds = math.isqrt(len(self.exponents))
+        exponent = self.exponents[self.kinds[i] * kinds + self.kinds[j]]
+        b0, b1, _ = _radial(d.square().sum(-1), exponent, self.beta, self.cutoff)
+        return d, b0, b1
+
+
+class RigidPairState:
+    """Potential, field and second derivatives of rigid pairs at given charges [n].
+
+    Attributes
+    ----------
+    potential : [n], V
+    gradient : [n, 3], V/Å
+    """
+
+    def __init__(self, pairs: RigidPairs, charges: Tensor, structures: int, k_e: float) -> None:
+        self.pairs, self.charges, self.k_e, self.structures = pairs, charges, k_e, structures
+        felt, self._pull = self._field(charges)
+        self.potential, self.gradient = felt[:, 0], felt[:, 1:]
+
+    def _field(self, charges: Tensor) -> tuple[Tensor, Tensor]:
+        """Potential and gradient [n, 4] of charges [n], and −∂E/∂strain [structures, 3, 3]."""
+        p = self.pairs
+        if charges.device.type != "cpu":
+            return self._summed(charges)
+        kinds = math.isqrt(len(p.exponents))
+        table = _table(tuple(p.exponents.tolist()), p.beta, p.cutoff)
+        count = p.index.shape[1]
+        threads = torch.get_num_threads() if count > 100_000 else 1
+        out = np.zeros((threads, len(charges), 4))
+        pull = np.zeros((threads, self.structures, 3, 3))
+        fixed: list[Any] = [p.index.numpy(), p.offsets.numpy(), p.positions.numpy(), p.kinds.numpy(), kinds, *table]
+        fixed += [charges.contiguous().numpy(), p.structure.numpy()]
+        parts = kernels.shares(count, threads)
+        kernels.in_parallel(
+            lambda a, b: kernels.rigid_field(a, b, *fixed, out[parts.index((a, b))], pull[parts.index((a, b))]), parts
+        )
+        upper = torch.from_numpy(pull.sum(0))
+        whole = upper + torch.triu(upper, 1).transpose(1, 2)
+        return self.k_e * torch.from_numpy(out.sum(0)), self.k_e * whole
+
+    def _summed(self, charges: Tensor) -> tuple[Tensor, Tensor]:
+        p = self.pairs
+        i, j = p.index
+        d, b0, b1 = p.radial()
+        b0, b1 = self.k_e * b0, self.k_e * b1
+        out = torch.zeros(len(charges), 4, dtype=d.dtype, device=d.device)
+        qi, qj = charges[i], charges[j]
+        out.index_add_(0, i, torch.cat([(b0 * qj)[:, None], (b1 * qj)[:, None] * d], dim=1))
+        out.index_add_(0, j, torch.cat([(b0 * qi)[:, None], -(b1 * qi)[:, None] * d], dim=1))
+        pull = torch.zeros(self.structures, 3, 3, dtype=d.dtype, device=d.device)
+        pull.index_add_(0, p.structure[i], (qi * qj * b1)[:, None, None] * d[:, :, None] * d[:, None, :])
+        return out, pull
+
+    def product(self, dq: Tensor) -> Tensor:
+        """Change of the potential [n] with charges [n]."""
+        return self._field(dq)[0][:, 0]
+
+    def core_gradient_change(self, dq: Tensor) -> Tensor:
+        """Change of Q ∇φ of every atom with charges [n]: [n, 3]."""
+        return self.charges[:, None] * self._field(dq)[0][:, 1:] + dq[:, None] * self.gradient
+
+    def virial(self) -> Tensor:
+        """−∂E/∂strain at fixed charges, [structures, 3, 3]."""
+        return self._pull
 
 
 class PairState:
@@ -72,17 +166,17 @@ class PairState:
         """Potential and gradient [n, site, 4] by compiled loops over tabulated kernels."""
         pairs = self.pairs
         exponents, kind = pairs.kinds
-        table, step = _table(tuple(exponents.tolist()), pairs.beta, pairs.cutoff, self.k_e)
+        table = _table(tuple(exponents.tolist()), pairs.beta, pairs.cutoff)
         n, count = len(self.shells), len(kind)
         threads = torch.get_num_threads() if count > 100_000 else 1
         out = np.zeros((threads, n, 8))
         pull = np.empty((count, 3))
-        fixed: list[Any] = [pairs.index.numpy(), pairs.vectors.numpy(), kind.numpy(), table, step]
+        fixed: list[Any] = [pairs.index.numpy(), pairs.vectors.numpy(), kind.numpy(), *table]
         fixed += [self.shells.contiguous().numpy(), self.site_charges.contiguous().numpy()]
         parts = kernels.shares(count, threads)
         kernels.in_parallel(lambda a, b: kernels.pair_field(a, b, *fixed, out[parts.index((a, b))], pull), parts)
-        self.pull = torch.from_numpy(pull)
-        return torch.from_numpy(out.sum(0)).reshape(n, 2, 4)
+        self.pull = self.k_e * torch.from_numpy(pull)
+        return self.k_e * torch.from_numpy(out.sum(0)).reshape(n, 2, 4)
 
     def _kernels(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """d [p, 2, 2, 3], from site a of i to site b of j, and B₀, B₁, B₂ there [p, 2, 2]."""
@@ -181,16 +275,49 @@ def _radial(u: Tensor, exponent: Tensor, beta: float, cutoff: float) -> tuple[Te
     return switched((a, b, c), switch)
 
 
-@lru_cache(maxsize=16)
-def _table(exponents: tuple[float, ...], beta: float, cutoff: float, k_e: float) -> tuple[NDArray[np.float64], float]:
-    """B₀ of every exponent as polynomials [kinds, intervals, 8] in u from an interval's middle, and its width (Å²).
+class _Table(NamedTuple):
+    """Arguments of mesh_kernels' ``_kernel``."""
 
-    Interpolated at Chebyshev points: 1e-12 of the value at the origin, its derivatives those of the polynomial.
+    fine: NDArray[np.float64]
+    ends: NDArray[np.float64]
+    steps: NDArray[np.float64]
+    coarse: NDArray[np.float64]
+    step: float
+    start: float
+    cutoff: float
+
+
+@lru_cache(maxsize=16)
+def _table(exponents: tuple[float, ...], beta: float, cutoff: float) -> _Table:
+    """B₀ of every exponent as polynomials of 8 terms in u = r² from an interval's middle (Å²), without k_e.
+
+    Interpolated at Chebyshev points: 1e-12 of the value at the origin, its derivatives those of the polynomial. Beyond
+    ``_SHARP`` the kernel is (1 − erf(β r))/r, whose first part needs no table.
     """
-    intervals = _INTERVALS * math.ceil(cutoff**2 * max(exponents) / (_FINEST * _INTERVALS))
-    step = cutoff**2 / intervals
+    end = cutoff**2
+    ends = np.array([end if 0.8 * a * end <= _SHARP else _SHARP / a for a in exponents])
+    counts = [
+        _INTERVALS * math.ceil(end * a / (_FINEST * _INTERVALS)) if reach == end else math.ceil(reach * a / _FINEST)
+        for a, reach in zip(exponents, ends, strict=True)
+    ]
+    steps = ends / counts
+    fine = np.zeros((len(exponents), max(counts), _NODES))
+    for k, (a, count) in enumerate(zip(exponents, counts, strict=True)):
+        fine[k, :count] = _polynomials(
+            lambda u, a=a: _radial(u, torch.full_like(u, a), beta, cutoff)[0], count, steps[k]
+        )
+    count = _INTERVALS * math.ceil(end * beta**2 / (_FINEST * _INTERVALS))
+    switch = ((1 - SWITCH_WIDTH) ** 2 * end, end)
+
+    def taken(u: Tensor) -> Tensor:
+        return -switched(erf_kernel(u, torch.full_like(u, beta**2)), smooth_switch(u, *switch))[0]
+
+    return _Table(fine, ends, steps, _polynomials(taken, count, end / count), end / count, *switch)
+
+
+def _polynomials(function: Callable[[Tensor], Tensor], intervals: int, step: float) -> NDArray[np.float64]:
+    """Coefficients [intervals, 8] of a function of u on equal intervals from 0."""
     points = np.cos(np.pi * (np.arange(_NODES) + 0.5) / _NODES)
     to_powers = np.linalg.inv(np.vander(points, increasing=True)) / (0.5 * step) ** np.arange(_NODES)[:, None]
     u = torch.from_numpy((np.arange(intervals)[:, None] + 0.5 + 0.5 * points) * step)
-    values = [k_e * _radial(u, torch.full_like(u, a), beta, cutoff)[0].numpy() for a in exponents]
-    return np.ascontiguousarray(np.stack(values) @ to_powers.T), step
+    return np.ascontiguousarray(function(u).numpy() @ to_powers.T)

@@ -372,6 +372,11 @@ class TaperedPQEq:
         # its parameters, and its rules for a field
         self.pqeq = PQEq(self.parameters, response=self.response, coulomb_constant=self.coulomb_constant)
 
+    @property
+    def carries(self) -> bool:
+        """Whether the charges that couple to a field stay those of the first structure."""
+        return self.pqeq.carries
+
     def check_field(self, systems: Systems) -> None:
         """Refuses a field that is not well defined for these boundaries.
 

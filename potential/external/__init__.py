@@ -1,0 +1,1 @@
+"""What acts on a structure from outside: electrodes held at potentials or charges."""

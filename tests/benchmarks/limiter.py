@@ -26,7 +26,8 @@ from scipy.spatial.transform import Rotation
 from scipy.special import erf
 from torch import Tensor
 
-from voltpi.potential.electrostatics.pqeq import KCAL_PER_EV, PQEq, PQEqSolution, _Functional, read_parameters
+from voltpi.potential.electrostatics.functional import Functional
+from voltpi.potential.electrostatics.pqeq import KCAL_PER_EV, PQEq, PQEqSolution, read_parameters
 from voltpi.potential.electrostatics.solver import linear_solve
 from voltpi.potential.electrostatics.taper import TaperedPQEq
 from voltpi.potential.errors import NoStablePointError, NotConvergedError
@@ -121,7 +122,7 @@ class Point:
 
         Inverse Lanczos, with the solver's own products. NaN where a solve meets negative curvature.
         """
-        functional = _Functional(self.model, self.systems)
+        functional = Functional(self.model, self.systems)
         point = functional.at(torch.cat([self.solution.charges[:, None], self.solution.shells], dim=1))
         point.linearize()
         n = len(self.solution.charges)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ase import Atoms
 
-from voltpi.potential.electrostatics import pqeq
+from voltpi.potential.electrostatics.functional import Functional
 from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT, ElementParameters, PQEq, read_parameters
 from voltpi.potential.errors import InputError, NoStablePointError
 from voltpi.potential.fragments import assign_fragments
@@ -452,7 +452,7 @@ def test_a_fragment_that_comes_apart_is_refused_in_a_field():
 def test_smallest_curvature_is_that_of_the_dense_hessian(build):
     system, model = Systems.from_atoms(build()), PQEq(tolerance=1e-9, accuracy=1e-9)
     answer = model.solve(system, smallest_curvature=True)
-    functional = pqeq._Functional(model, system)
+    functional = Functional(model, system)
     point = functional.at(torch.cat([answer.charges[:, None], answer.shells], dim=1))
     point.linearize()
     n = system.n_atoms

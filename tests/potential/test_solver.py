@@ -14,7 +14,8 @@ from ase import Atoms
 from ase.build import bulk
 from ase.spacegroup import crystal
 
-from voltpi.potential.electrostatics import ewald, pqeq, solver
+from voltpi.potential.electrostatics import ewald, solver
+from voltpi.potential.electrostatics.functional import Functional
 from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT, PQEq, read_parameters
 from voltpi.potential.electrostatics.solver import Segments, conjugate_gradients, linear_solve, minimize
 from voltpi.potential.errors import InputError, NoStablePointError, NotConvergedError
@@ -799,7 +800,7 @@ def oxide(kind, repeat, vacuum=0.0):
 def products(atoms):
     """Hessian products of a cold start, and of the check that it is a minimum."""
     system = Systems.from_atoms(atoms)
-    functional = pqeq._Functional(PQEq(), system)
+    functional = Functional(PQEq(), system)
     found = minimize(functional, functional.start(None), tolerance=1e-8, check=False)
     assert bool(found.converged.all())
     return int(found.products)
@@ -825,7 +826,7 @@ def test_vacuum_does_not_spoil_the_preconditioner(repeat, pbc, monkeypatch):
     """MgO, 21 Å wide under 20 Å of nothing, or in nothing: positive, and hardly slower than without the long waves."""
     atoms = oxide("MgO", repeat, vacuum=20.0)
     atoms.pbc = pbc
-    functional = pqeq._Functional(PQEq(), Systems.from_atoms(atoms))
+    functional = Functional(PQEq(), Systems.from_atoms(atoms))
     n = len(atoms)
     matrix = torch.zeros(n, n, dtype=torch.float64)
     for k in range(n):
@@ -839,6 +840,6 @@ def test_vacuum_does_not_spoil_the_preconditioner(repeat, pbc, monkeypatch):
         shells = functional.inverse_shell[:, None] * residual[:, 1:]
         return torch.cat([functional._flow(residual[:, 0])[:, None], shells], dim=1)
 
-    monkeypatch.setattr(pqeq._Functional, "precondition", local)
+    monkeypatch.setattr(Functional, "precondition", local)
     assert with_waves <= 1.3 * products(atoms)
     assert float(values[0]) > -1e-3 * float(values[-1])

@@ -1,0 +1,509 @@
+"""The functional of cores, shells and electrodes whose stationary point is sought, and one point of it.
+
+    Ω(q, Δ) = Σ_i [χ_i q_i + ½ η_i q_i² + U_i(Δ_i)] + E_coulomb(q, Δ) − Σ_b ε_b·M_b − Σ_a ψ_a Q_a
+
+Charges are free, held (fixed charges), or free in groups whose sum stays: a fragment, an electrode at a charge, or the
+*reservoir* of a structure, which is whatever shares its total charge: all electrodes at potentials, and with
+``conserve: total`` the electrolyte too.
+
+A field acts through M = Σ_i c_i r_i − Σ_i Z_i Δ_i, where c_i is q_i for what feels it and the carried charge for what
+does not (``response``). Electrodes feel it along open directions; along periodic ones, in which a metal's dipole has no
+meaning, they are left out of M. Across a *finite-field* cell (Dufils et al., Phys. Rev. Lett. 123, 195501 (2019)) every
+charge feels, beside the electrodes' potentials, the uniform field −(ψ_high − ψ_low) c*, with c* the reciprocal vector
+(c*·c = 1) of the periodic direction c across which the potential jumps.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from voltpi.potential.electrostatics.block import ElectrodeBlock
+from voltpi.potential.electrostatics.ewald import CoulombOperator, CoulombState, LongWaves
+from voltpi.potential.electrostatics.solver import Segments
+from voltpi.potential.errors import InputError
+from voltpi.potential.fragments import whole_positions
+from voltpi.potential.systems import Systems
+
+if TYPE_CHECKING:
+    from voltpi.potential.electrostatics.pqeq import PQEq
+
+__all__ = ["Functional", "Point", "finite_field", "open_directions"]
+
+ROUGH_ACCURACY = 4e-3
+"""Of the Coulomb sum in approximate Hessian products: a coarser one costs more Newton steps than it saves."""
+STEERING_RANGE = 2e-3
+"""e, Å; approximate Hessian products serve for charges and shells within this distance."""
+
+
+class Point:
+    """The functional at one (q, Δ): implements solver.Point."""
+
+    def __init__(self, functional: Functional, y: Tensor) -> None:
+        self.functional = f = functional
+        self.q, self.shells = y[:, 0], y[:, 1:]
+        self.coulomb: CoulombState = f.operator.at(self.q, self.shells)
+        spring, stiffness, growth = f.spring(self.shells)
+        self.stiffness, self.growth = stiffness, growth
+        moments = self.q[:, None] * f.lever + f.carried_moments - f.shell_coupling * f.z[:, None] * self.shells
+        self.dipole = torch.zeros_like(f.field).index_add_(0, f.system.batch, moments)
+        total = f.segments.sum
+        self.terms = {
+            "electronegativity": total(f.chi * self.q),
+            "hardness": total(0.5 * f.eta * self.q.square()),
+            "spring": total(spring),
+            "coulomb": self.coulomb.energy,
+            "field": -(f.field * self.dipole).sum(-1),
+        }
+        field = f.field[f.system.batch]
+        g_q = f.chi + f.eta * self.q + self.coulomb.potential[0] - (f.lever * field).sum(-1)
+        if f.psi is not None:
+            self.terms["electrodes"] = -total(f.psi * self.q)
+            g_q = g_q - f.psi
+        self.energy = torch.stack(list(self.terms.values())).sum(0)
+        g_shell = stiffness[:, None] * self.shells - f.z[:, None] * self.coulomb.shell_gradient
+        g_shell = g_shell + f.shell_coupling * f.z[:, None] * field
+        self.gradient = torch.cat([g_q[:, None], g_shell], dim=1)
+        self._exact = False
+
+    def linearize(self) -> None:
+        self.steering = self.functional.steering(self)
+        self._exact = self.steering.state is self.coulomb
+
+    def product(self, direction: Tensor) -> Tensor:
+        return self._with_springs(self.steering.product(direction), direction)
+
+    def matrix(self) -> Tensor | None:
+        """The Hessian itself, [4n, 4n], where the Coulomb operator has it."""
+        out = self.coulomb.matrix()
+        if out is None:
+            return None
+        f, atom = self.functional, torch.arange(len(self.q), device=self.q.device)
+        out[atom, atom, 0, 0] += f.eta
+        eye = torch.eye(3, dtype=out.dtype, device=out.device)
+        outer = self.shells[:, :, None] * self.shells[:, None, :]
+        out[atom, atom, 1:, 1:] += self.stiffness[:, None, None] * eye + self.growth[:, None, None] * outer
+        return out.transpose(1, 2).reshape(4 * len(atom), -1)
+
+    def linearize_exactly(self) -> None:
+        """Prepares ``exact_product`` and the change of forces."""
+        if not self._exact:
+            self.coulomb.linearize()
+            self._exact = True
+
+    def exact_product(self, direction: Tensor) -> Tensor:
+        self.linearize_exactly()
+        return self._with_springs(self.coulomb.product(direction), direction)
+
+    def _with_springs(self, out: Tensor, direction: Tensor) -> Tensor:
+        dshell = direction[:, 1:]
+        out[:, 0] += self.functional.eta * direction[:, 0]
+        radial = (self.shells * dshell).sum(-1, keepdim=True) * self.growth[:, None] * self.shells
+        out[:, 1:] += self.stiffness[:, None] * dshell + radial
+        return out
+
+
+class _Steering:
+    """Hessian products of the Coulomb energy that steer the solver, among the atoms that are not held."""
+
+    def __init__(self, state: CoulombState, atoms: Tensor | None) -> None:
+        self.state, self._atoms = state, atoms
+        state.linearize()
+
+    def product(self, direction: Tensor) -> Tensor:
+        if self._atoms is None:
+            return self.state.product(direction)
+        out = torch.zeros_like(direction)
+        out[self._atoms] = self.state.product(direction[self._atoms])
+        return out
+
+
+class Functional:
+    """The functional of a batch: implements solver.Functional.
+
+    Attributes of use outside: segments, system, chi, eta, z, free (False: held charge), lever [n, 3] (∂M/∂q, Å),
+    coupling [n, 3, 3] (∂M_a/∂r_b at fixed charges less the shells', e), field [b, 3] (all of it), reduced [b, 3] (the
+    part that scales with the cell), shell_coupling, psi [n] or None.
+    """
+
+    def __init__(self, model: PQEq, system: Systems) -> None:
+        self.model, self.system = model, system
+        self.segments = Segments(system.batch, system.n_systems)
+        table = model.tensors(system)
+        self.z, self.stiff, self.free = table["Z"], table["K"], table["free"]
+        self._alpha = table["alpha"]
+        # nothing acts on a held charge
+        self.chi, self.eta = table["chi"] * self.free, table["eta"] * self.free
+        self._all_free = bool(self.free.all())
+        self.bound = model.shell_bound
+        self._options: dict[str, Any] = {"k_e": model.coulomb_constant, "cache": model.kernels}
+        self.operator = CoulombOperator(system, self._alpha, -self.z, accuracy=model.accuracy, **self._options)
+        self._applied()
+        self._couple()
+        self.group, self.group_charge = self._groups()
+        # preconditioner: own hardness per charge, spring per shell
+        self.inverse_q = torch.where(self.free, 1 / torch.where(self.free, self.eta, 1.0), 0.0)
+        self.inverse_shell = 1 / self.stiff
+        weight = self._sum(self.inverse_q)
+        self.group_weight = torch.where(weight > 0, weight, 1.0)
+        self.exact_steering = not self.operator.meshes
+        self.block = self._electrode_block()
+        self._rough: CoulombOperator | None = None
+        self._variable: Tensor | None = None
+        self._long_waves: list[LongWaves] | None = None
+        self._steering: _Steering | None = None
+        self._steering_at = torch.empty(0)
+
+    @property
+    def anything_free(self) -> bool:
+        """Whether there is anything to solve for."""
+        return bool(self.free.any()) or bool((self.z != 0).any())
+
+    def _applied(self) -> None:
+        """Potentials on atoms, ψ [n] (V), and the field that a jump of the potential across the cell is."""
+        model, system = self.model, self.system
+        self.psi: Tensor | None = None
+        self.reduced = torch.zeros_like(system.field)
+        if not model.electrodes:
+            return
+        if system.electrode is None or system.applied is None:
+            raise InputError("electrodes are set but the structure has none assigned: prepare it first")
+        controlled = [e.control == "potential" for e in model.electrodes]
+        at_potential = torch.tensor([*controlled, False], device=system.device)[system.electrode]
+        values = torch.cat([system.applied, torch.zeros_like(system.applied[:, :1])], dim=1)
+        self.psi = torch.where(at_potential, values[system.batch, system.electrode], 0.0)
+        if model.finite_field is not None:
+            self.reduced = finite_field(system, model.finite_field)
+
+    def _couple(self) -> None:
+        """Who feels a field, and with which lever."""
+        model, system = self.model, self.system
+        self.field = system.field + self.reduced
+        all_feel = model.response == "all" or model.finite_field is not None
+        self.shell_coupling = 0.0 if model.response == "frozen" and model.finite_field is None else 1.0
+        whole = whole_positions(system)
+        feel = torch.eye(3, dtype=whole.dtype, device=whole.device).expand(len(whole), 3, 3)
+        if not all_feel:
+            feel = torch.zeros_like(feel)
+        held = ~self.free
+        if bool(held.any()):
+            feel = torch.where(held[:, None, None], torch.eye(3, dtype=whole.dtype, device=whole.device), feel)
+        if model.electrodes and system.electrode is not None:
+            across = open_directions(system, model.finite_field)[system.batch]
+            feel = torch.where((system.electrode >= 0)[:, None, None], across, feel)
+        self._feel = feel
+        self.lever = torch.einsum("nab,nb->na", feel, whole)
+        self._carried = torch.zeros_like(self.chi)
+        if not all_feel:
+            rest = self.free if system.electrode is None else self.free & (system.electrode < 0)
+            self._carried = self._carried_charges() * rest
+        self.pull = torch.einsum("nab,na->nb", feel, self.field[system.batch])  # force on a charge, V/Å
+        self.carried_moments = self._carried[:, None] * whole
+
+    def _carried_charges(self) -> Tensor:
+        carried = self.system.carried
+        if carried is None:
+            if bool((self.system.field != 0).any()):
+                raise InputError(
+                    f"charges.response is {self.model.response} in a field but the structure carries no charges: "
+                    "prepare it first"
+                )
+            return torch.zeros_like(self.chi)
+        return carried
+
+    def coupling(self, q: Tensor) -> Tensor:
+        """∂M_a/∂r_b of every atom at fixed q and Δ, [n, 3, 3] (e)."""
+        eye = torch.eye(3, dtype=q.dtype, device=q.device)
+        return q[:, None, None] * self._feel + self._carried[:, None, None] * eye
+
+    def field_virial(self, point: Point) -> Tensor:
+        """−∂/∂strain of −ε·M at fixed q and Δ, [b, 3, 3]: a uniform field stays, the reduced one turns along."""
+        moment = point.q[:, None] * self.lever + self.carried_moments
+        out = torch.zeros_like(self.system.cell)
+        out.index_add_(0, self.system.batch, self.system.field[self.system.batch][:, :, None] * moment[:, None, :])
+        if bool((self.reduced != 0).any()):  # cores move along with it, shell displacements do not
+            shells = self.z[:, None] * point.shells
+            out.index_add_(0, self.system.batch, self.reduced[self.system.batch][:, :, None] * shells[:, None, :])
+        return 0.5 * (out + out.transpose(1, 2))
+
+    def _groups(self) -> tuple[Tensor, Tensor]:
+        """Group of every atom [n] and what its charges add up to [groups]; the last group is that of held charges.
+
+        Raises InputError where what is held does not add up to the net charge and nothing can take up the rest.
+        """
+        model, system = self.model, self.system
+        b, n_e = system.n_systems, len(model.electrodes)
+        label = (
+            system.electrode if model.electrodes and system.electrode is not None else torch.full_like(system.batch, -1)
+        )
+        electrolyte = (label < 0) & self.free
+        n_f = 0
+        charges = []
+        spoken_for = torch.zeros_like(system.net_charge)
+        group = system.batch
+        if model.conserve == "fragments" and bool(electrolyte.any()):
+            if system.fragments is None or system.fragment_charges is None:
+                raise InputError("charges.conserve is fragments but the structure has none: prepare it first")
+            n_f = len(system.fragment_charges)
+            owner = torch.full((n_f,), -1, dtype=torch.int64, device=system.device)
+            owner[system.fragments[electrolyte]] = system.batch[electrolyte]
+            real = owner >= 0
+            spoken_for.index_add_(0, owner[real], system.fragment_charges[real])
+            charges.append(system.fragment_charges)
+            group = system.fragments
+        reservoir = n_f + system.batch
+        if not n_f:
+            group = reservoir
+        if not self._all_free:
+            spoken_for.index_add_(0, system.batch, self._held_charges())
+        if n_e and system.applied is not None:
+            control = torch.tensor([e.control == "charge" for e in model.electrodes], device=system.device)
+            spoken_for += (system.applied * control).sum(1)
+            own = n_f + b + system.batch * n_e + label
+            group = torch.where(label >= 0, torch.where(control[label], own, reservoir), group)
+        last = n_f + b + b * n_e
+        group = torch.where(self.free, group, last)
+        left = system.net_charge - spoken_for
+        filled = torch.bincount(group, minlength=last + 1)[n_f : n_f + b] > 0
+        wrong = ~filled & (left.abs() > 1e-6)
+        if bool(wrong.any()):
+            k = int(wrong.nonzero()[0])
+            raise InputError(
+                f"charges.net_charge is {float(system.net_charge[k]):g} e but the charges that are given (fixed "
+                f"charges, fragments, electrodes at a charge) add up to {float(spoken_for[k]):g} e and no electrode at "
+                "a potential takes up the rest: make them equal"
+            )
+        charges.append(left)
+        if n_e and system.applied is not None:
+            charges.append(system.applied.reshape(-1))
+        charges.append(left.new_zeros(last + 1 - sum(len(c) for c in charges)))
+        return group, torch.cat(charges)
+
+    def _held_charges(self) -> Tensor:
+        """[n], e; 0 where charges are free."""
+        if self.system.carried is None:
+            raise InputError("charges.model is fixed but the structure brings no charges: prepare it first")
+        return torch.where(self.free, 0.0, self.system.carried)
+
+    @property
+    def rough(self) -> CoulombOperator:
+        """The coarse operator of the atoms that are not held."""
+        if self._rough is None:
+            system, alpha, z = self.system, self._alpha, self.z
+            if not self._all_free:
+                kept = self.free | (self.z != 0)
+                present = torch.bincount(system.batch[kept], minlength=system.n_systems)
+                if bool((present > 0).all()):
+                    self._variable = kept.nonzero()[:, 0]
+                    system, alpha, z = system.take(self._variable), alpha[self._variable], z[self._variable]
+            self._rough = CoulombOperator(system, alpha, -z, accuracy=ROUGH_ACCURACY, rough=True, **self._options)
+        return self._rough
+
+    def steering(self, point: Point) -> _Steering:
+        """The Coulomb operator for Hessian products at a point; an earlier one where hardly anything has changed."""
+        if self.exact_steering:
+            return _Steering(point.coulomb, None)
+        known = self._steering
+        here = torch.cat([point.q[:, None], point.shells], dim=1)
+        if known is None or float((here - self._steering_at).abs().max()) > STEERING_RANGE:
+            self._steering_at = here
+            rough, among = self.rough, self._variable
+            q, shells = (point.q, point.shells) if among is None else (point.q[among], point.shells[among])
+            known = self._steering = _Steering(rough.at(q, shells), among)
+        return known
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return torch.zeros_like(self.group_charge).index_add_(0, self.group, values)
+
+    def spring(self, shells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Spring energy [n] (eV), stiffness κ [n] with force −κΔ, and dκ/d(½Δ²) [n]."""
+        u = shells.square().sum(-1)
+        if self.model.limiter == "none":
+            return 0.5 * self.stiff * u, self.stiff, torch.zeros_like(u)
+        limit = self.bound**2
+        room = 1 - u / limit
+        energy = -0.5 * self.stiff * limit * torch.log1p(-u / limit)
+        return energy, self.stiff / room, 2 * self.stiff / (limit * room**2)
+
+    def start(self, guess: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Feasible first guess [n, 4]: an earlier (q, Δ) of the same atoms, or charges without interaction."""
+        if guess is not None:
+            q, shells = guess
+            shells = shells * (0.95 * self.bound / shells.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+        else:
+            chi = self.chi if self.psi is None else self.chi - self.psi
+            q, shells = -chi * self.inverse_q, torch.zeros_like(self.system.positions)
+        if not self._all_free:
+            q = torch.where(self.free, q, self._held_charges())
+        excess = (self._sum(q) - self.group_charge) / self.group_weight
+        return torch.cat([(q - self.inverse_q * excess[self.group])[:, None], shells], dim=1)
+
+    def at(self, y: Tensor) -> Point:
+        return Point(self, y)
+
+    def multipliers(self, gradient: Tensor) -> Tensor:
+        """Common potential of every group [groups] (V): the mean of ∂Ω/∂q over its atoms."""
+        return self._sum(self.inverse_q * gradient[:, 0]) / self.group_weight
+
+    def project(self, gradient: Tensor) -> Tensor:
+        out = gradient.clone()
+        out[:, 0] -= self.multipliers(gradient)[self.group]
+        if not self._all_free:
+            out[:, 0] *= self.free
+        return out
+
+    def precondition(self, residual: Tensor) -> Tensor:
+        out = torch.cat([self._flow(residual[:, 0])[:, None], self.inverse_shell[:, None] * residual[:, 1:]], dim=1)
+        for waves in self._stiff_waves():
+            felt = torch.zeros_like(out)
+            atoms = waves.sum.atoms
+            felt[atoms, 0], felt[atoms, 1:] = waves(out[atoms])
+            out = out - torch.cat([self._flow(felt[:, 0])[:, None], self.inverse_shell[:, None] * felt[:, 1:]], dim=1)
+        return out
+
+    def _stiff_waves(self) -> list[LongWaves]:
+        """Where charge flows between all atoms, long waves of it are stiff."""
+        if self._long_waves is None:
+            flows = self.model.conserve == "total" and self._all_free and not self.model.electrodes
+            self._long_waves = [
+                LongWaves(mesh, self.inverse_q, self.inverse_shell, self.model.kernels)
+                for mesh in (self.rough.meshes if flows else [])
+            ]
+        return self._long_waves
+
+    def _flow(self, potential: Tensor) -> Tensor:
+        """Charges that a potential [n] moves, on the constraint surface, times −1.
+
+        Without interaction, but for that within the electrodes where their block is at hand.
+        """
+        block = self.block
+        if block is None:
+            mean = self._sum(self.inverse_q * potential) / self.group_weight
+            return self.inverse_q * (potential - mean[self.group])
+        moved = self.inverse_q * potential
+        moved[block.atoms] = block.respond(potential[block.atoms])
+        sums = self._sum(moved)
+        mean = sums / self.group_weight
+        common = block.multipliers(sums[block.groups])
+        mean[block.groups] = common
+        out = moved - self.inverse_q * mean[self.group]
+        out[block.atoms] = moved[block.atoms] - block.shift(common)
+        return out
+
+    @property
+    def linear(self) -> bool:
+        """Whether ``step`` is the whole solution, up to the accuracy of the electrodes' block."""
+        if self.block is None or bool((self.z != 0).any()):
+            return False
+        return int(self.free.sum()) == len(self.block.atoms)
+
+    def step(self, point: Point) -> Tensor:
+        """y after one step of the charges alone."""
+        q = point.q - self._flow(point.gradient[:, 0])
+        return torch.cat([q[:, None], point.shells], dim=1)
+
+    def _electrode_block(self) -> ElectrodeBlock | None:
+        """The electrodes' factorised block, once their geometry is known to come back."""
+        model, system = self.model, self.system
+        if not model.electrodes or system.electrode is None:
+            return None
+        atoms = (system.electrode >= 0).nonzero()[:, 0]
+        b = system.n_systems
+        counts = torch.bincount(system.batch[atoms], minlength=b)
+        if bool((counts != counts[0]).any()):
+            return None
+        m = int(counts[0])
+        inverse = model.blocks(system, atoms[:m], self._alpha, self.eta, model.coulomb_constant)
+        if inverse is None:
+            return None
+        members = self.group[atoms].reshape(b, m)
+        local = torch.unique(members[0], return_inverse=True)[1]
+        first = torch.searchsorted(local[local.argsort(stable=True)], torch.arange(int(local.max()) + 1).to(local))
+        groups = members[:, local.argsort(stable=True)[first]]
+        others = self.inverse_q.clone()
+        others[atoms] = 0.0
+        return ElectrodeBlock(inverse, atoms, local, groups, self._sum(others)[groups])
+
+    def constraints(self) -> Tensor:
+        """Rows [constraints, 4n] whose products with y stay what they are."""
+        places = 4 * torch.arange(len(self.group), device=self.chi.device)
+        held = (~self.free).nonzero()[:, 0]
+        rows = torch.zeros(
+            len(self.group_charge) + len(held), 4 * len(self.group), dtype=self.chi.dtype, device=self.chi.device
+        )
+        rows[self.group[self.free], places[self.free]] = 1
+        rows[len(self.group_charge) + torch.arange(len(held), device=rows.device), places[held]] = 1
+        return rows[rows.any(dim=1)]
+
+    def scale(self, direction: Tensor) -> Tensor:
+        return torch.cat([direction[:, :1] * self.eta[:, None], direction[:, 1:] * self.stiff[:, None]], dim=1)
+
+    def largest_step(self, y: Tensor, direction: Tensor) -> Tensor:
+        """Step along which the first shell of a structure reaches its bound, [b]."""
+        shells, d = y[:, 1:], direction[:, 1:]
+        a = d.square().sum(-1).clamp(min=1e-300)
+        b = (shells * d).sum(-1)
+        c = self.bound**2 - shells.square().sum(-1)
+        return self.segments.smallest((-b + (b * b + a * c).clamp(min=0).sqrt()) / a)
+
+    def electrode_answers(self, point: Point) -> dict[str, dict[str, Tensor]]:
+        """Charge (e), potential (V) and largest residual (V) of every electrode, [b] each.
+
+        Potentials of electrodes at a charge count from the same zero as those of electrodes at a potential; where there
+        is none of these, from that of the Coulomb sum.
+        """
+        system, model = self.system, self.model
+        if not model.electrodes or system.electrode is None or system.applied is None:
+            return {}
+        b, n_e = system.n_systems, len(model.electrodes)
+        common = self.multipliers(point.gradient)
+        off = self.project(point.gradient)[:, 0].abs()
+        n_f = len(self.group_charge) - 1 - b - b * n_e
+        zero = torch.zeros_like(system.net_charge)
+        if any(e.control == "potential" for e in model.electrodes):
+            zero = common[n_f : n_f + b]
+        out = {}
+        for k, electrode in enumerate(model.electrodes):
+            own = system.electrode == k
+            where = system.batch[own]
+            charge = torch.zeros_like(system.net_charge).index_add_(0, where, point.q[own])
+            potential = system.applied[:, k].clone()
+            if electrode.control == "charge":
+                first = n_f + b + n_e * torch.arange(b, device=system.device) + k
+                potential = common[first] - zero
+            residual = torch.zeros_like(charge).scatter_reduce(0, where, off[own], "amax")
+            out[electrode.name] = {"charge": charge, "potential": potential, "residual": residual}
+        return out
+
+
+def open_directions(system: Systems, finite_field: int | None) -> Tensor:
+    """Projectors [b, 3, 3] on the directions in which a metal's dipole has a meaning.
+
+    Those normal to the periodic ones; across a finite-field cell, normal to its other two vectors.
+    """
+    periodic = system.pbc.clone()
+    if finite_field is not None:
+        periodic[:, finite_field] = False
+    rows = system.cell * periodic[..., None]
+    eye = torch.eye(3, dtype=rows.dtype, device=rows.device)
+    return eye - torch.linalg.pinv(rows) @ rows
+
+
+def finite_field(system: Systems, direction: int) -> Tensor:
+    """Field [b, 3] (V/Å) of the potential's jump across a cell that is periodic in all directions.
+
+    −(ψ_high − ψ_low) c*, where high and low are the two electrodes as they lie along lattice vector c.
+    """
+    assert system.electrode is not None
+    assert system.applied is not None
+    dual = torch.linalg.inv(system.cell)[:, :, direction]  # c*·c = 1
+    along = (system.positions * dual[system.batch]).sum(-1)
+    places = []
+    for k in range(2):
+        own = system.electrode == k
+        count = torch.bincount(system.batch[own], minlength=system.n_systems)
+        places.append(torch.zeros_like(system.net_charge).index_add_(0, system.batch[own], along[own]) / count)
+    jump = torch.where(places[1] > places[0], 1.0, -1.0) * (system.applied[:, 1] - system.applied[:, 0])
+    return -jump[:, None] * dual
