@@ -13,7 +13,7 @@ from ase.outputs import Properties, all_outputs
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from voltpi.driver.evaluator import Evaluator, build_potential
-from voltpi.driver.frames import record
+from voltpi.driver.frames import alike, record
 from voltpi.driver.settings import Settings, load_settings
 from voltpi.driver.structures import frame_field
 
@@ -28,11 +28,12 @@ class VoltPICalculator(Calculator):
     settings : a Settings tree, a mapping with the same keys (nested or dotted), or the path of a YAML file
 
     ``results`` holds, beyond ASE's own energy, free_energy, forces, stress, charges and dipole: ``shells`` [n, 3] (Å),
-    ``residual`` (V), ``energy_terms`` and, as asked in ``output``, ``born_charges`` [n, 3, 3] (e; index order: atom,
-    dipole direction, displacement direction) and ``polarizability`` [3, 3] (Å³). With ``field: from-frame`` the field
-    is ``atoms.info["electric_field"]`` (V/Å).
+    ``residual`` (V), ``energy_terms``, ``electrodes`` {name: {charge: e, potential: V}} and, as asked in ``output``,
+    ``born_charges`` [n, 3, 3] (e; index order: atom, dipole direction, displacement direction) and ``polarizability``
+    [3, 3] (Å³). With ``field: from-frame`` the field is ``atoms.info["electric_field"]`` (V/Å).
 
-    The first structure fixes fragments and carried charges; another composition or periodicity starts anew.
+    The first structure fixes fragments, electrodes and carried charges; another composition or periodicity starts anew,
+    and with ``charges.model: fixed`` other charges.
 
     Raises InputError as ``voltpi.driver.evaluator.Evaluator`` does.
     """
@@ -48,7 +49,7 @@ class VoltPICalculator(Calculator):
         self.settings: Settings = settings
         self._potential = build_potential(settings)
         self._evaluator: Evaluator | None = None
-        self._kind: tuple[bytes, bytes] | None = None
+        self._first: Atoms | None = None
         self._field: np.ndarray | None = None
 
     def export_properties(self) -> Properties:
@@ -61,6 +62,8 @@ class VoltPICalculator(Calculator):
         field = self._field
         if field is not None and not np.array_equal(field, frame_field(atoms, self.settings)):
             changes.append("electric_field")
+        if self._first is not None and not changes and not alike(self._first, atoms, self.settings):
+            changes.append("initial_charges")  # fixed charges under a name that ASE does not follow
         return changes
 
     def calculate(
@@ -73,9 +76,8 @@ class VoltPICalculator(Calculator):
         super().calculate(atoms, list(properties), list(system_changes))
         assert self.atoms is not None
         atoms = self.atoms
-        kind = (atoms.numbers.tobytes(), atoms.pbc.tobytes())
-        if self._evaluator is None or kind != self._kind:
-            self._evaluator, self._kind = Evaluator(self._potential, atoms, self.settings), kind
+        if self._evaluator is None or self._first is None or not alike(self._first, atoms, self.settings):
+            self._evaluator, self._first = Evaluator(self._potential, atoms, self.settings), atoms.copy()
         self._field = frame_field(atoms, self.settings)
         response = self._evaluator.evaluate_systems(
             np.asarray(atoms.cell)[None], atoms.get_positions()[None], fields=self._field[None]
@@ -84,7 +86,7 @@ class VoltPICalculator(Calculator):
         out = record(response, volume, 0.0)
         arrays = ("forces", "charges", "shells", "dipole", "born_charges", "polarizability")
         self.results = {key: np.asarray(out[key]) for key in arrays if key in out}
-        self.results |= {key: out[key] for key in ("energy", "energy_terms", "residual", "iterations")}
+        self.results |= {key: out[key] for key in ("energy", "energy_terms", "electrodes", "residual", "iterations")}
         self.results["free_energy"] = out["energy"]
         if volume:
             self.results["stress"] = full_3x3_to_voigt_6_stress(np.asarray(out["stress"]))

@@ -77,14 +77,10 @@ def _unavailable(s: Settings) -> Iterator[tuple[str, str]]:
 
     if s.short_range is not None and s.short_range.foundation is not None:
         yield no("short_range", "foundation", "model: NAME (a trained short range) or short_range: pair")
-    if s.charges.model not in ("pqeq", "qeq", "none"):
-        yield no("charges.model", s.charges.model, "pqeq, qeq or none")
-    if s.coulomb.boundary.startswith("finite-field"):
-        yield no("coulomb.boundary", s.coulomb.boundary, "open, periodic or slab-x/y/z")
+    if s.charges.model not in ("pqeq", "qeq", "fixed", "none"):
+        yield no("charges.model", s.charges.model, "pqeq, qeq, fixed or none")
     if s.displacement is not None and any(d is not None for d in s.displacement):
         yield no("displacement", "a constant D", "field (V/Å)")
-    if s.electrodes:
-        yield no("electrodes", "a potential or charge on electrodes", "field (V/Å) without electrodes")
     if s.coulomb.method == "taper":
         yield from _not_tapered(s)
 
@@ -147,16 +143,25 @@ def _short_range(settings: Settings) -> Any:
 
 
 def _charges(settings: Settings) -> Any:
-    from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT, PQEq
+    from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT, FixedCharges, PQEq
     from voltpi.potential.electrostatics.taper import TaperedPQEq
 
     c = settings.charges
     if c.model == "none":
         return None
+    constant = COULOMB_CONSTANT if settings.coulomb.coulomb_constant == "codata" else settings.coulomb.coulomb_constant
     table = _parameters(c.parameters)
+    if c.model == "fixed":
+        return FixedCharges(
+            parameters=table,
+            widths=_widths(settings),
+            accuracy=settings.coulomb.accuracy,
+            coulomb_constant=constant,
+            tolerance=_TOLERANCE.get(settings.precision, FixedCharges.tolerance),
+            **_electrodes(settings),
+        )
     if c.model == "qeq":
         table = {symbol: row._replace(Z=0.0) for symbol, row in table.items()}
-    constant = COULOMB_CONSTANT if settings.coulomb.coulomb_constant == "codata" else settings.coulomb.coulomb_constant
     if settings.coulomb.method == "taper":
         t = settings.coulomb.taper or Taper()
         return TaperedPQEq(
@@ -177,7 +182,32 @@ def _charges(settings: Settings) -> Any:
         accuracy=settings.coulomb.accuracy,
         coulomb_constant=constant,
         tolerance=_TOLERANCE.get(settings.precision, PQEq.tolerance),
+        **_electrodes(settings),
     )
+
+
+def _electrodes(settings: Settings) -> dict[str, Any]:
+    """What the charge models know of electrodes: which there are, and across which direction the potential jumps."""
+    from voltpi.potential.external.electrodes import Electrode
+
+    electrodes = [
+        Electrode(control=e.control, **e.model_dump(exclude={"atoms", "potential", "charge"}))
+        for e in settings.electrodes
+    ]
+    boundary = settings.coulomb.boundary
+    jump = "xyz".index(boundary[-1]) if boundary.startswith("finite-field") else None
+    return {"electrodes": tuple(electrodes), "finite_field": jump}
+
+
+def _widths(settings: Settings) -> dict[str, float] | None:
+    """The widths of fixed charges by element, 1/Å, or None for points. Raises InputError for an unknown element."""
+    widths = settings.charges.width
+    if isinstance(widths, str):
+        return None
+    for symbol in widths:
+        if not atomic_numbers.get(symbol):
+            raise settings.refusal("charges.width", f"charges.width: {symbol} is not an element; write like {{O: 1.2}}")
+    return widths
 
 
 def _parameters(source: str) -> dict[str, Any]:
@@ -245,6 +275,10 @@ def _from_checkpoint(settings: Settings, device: str) -> Potential:
     if charges is None:
         for key in settings.given_for_charges():
             raise contradiction(key, "no charges")
+        if settings.electrodes:
+            raise settings.refusal(
+                "electrodes", f"electrodes need charges but model {_name(settings)} has none; remove the electrodes"
+            )
     elif charges.response == "all" and settings.charges.carried != "auto":
         raise contradiction("charges.carried", "charges.response: all, where every charge feels the field")
     if given.get("charges.parameters", "default") != "default":
@@ -266,7 +300,9 @@ def _from_checkpoint(settings: Settings, device: str) -> Potential:
     if charges is not None:
         accuracy = settings.coulomb.accuracy if "coulomb.accuracy" in given else charges.accuracy
         tolerance = _TOLERANCE.get(settings.precision, charges.tolerance)
-        potential.charges = dataclasses.replace(charges, accuracy=accuracy, tolerance=tolerance)
+        potential.charges = dataclasses.replace(
+            charges, accuracy=accuracy, tolerance=tolerance, **_electrodes(settings)
+        )
     return potential
 
 

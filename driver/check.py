@@ -18,6 +18,8 @@ from voltpi.potential.errors import InputError, VoltPIError
 
 if TYPE_CHECKING:
     from voltpi.driver.ipi_input import DirectForceField, RunInput, SocketForceField
+    from voltpi.potential.response import Response
+    from voltpi.potential.systems import Systems
 
 __all__ = ["Finding", "check", "default_template", "refuse_starts"]
 
@@ -92,33 +94,66 @@ def _check_start(settings: Settings, start: Path) -> Iterator[Finding]:
     except InputError as error:
         yield Finding(False, str(error))
         return
-    yield _evaluates(settings, atoms, str(start))
+    yield from _evaluates(settings, atoms, str(start))
 
 
-def _evaluates(settings: Settings, atoms: Atoms, name: str) -> Finding:
-    """Whether the potential of these settings gives finite, sensible numbers for the structure."""
+def _evaluates(settings: Settings, atoms: Atoms, name: str) -> Iterator[Finding]:
+    """Whether the potential of these settings gives finite, sensible numbers for the structure, and its electrodes."""
     from voltpi.driver.evaluator import Evaluator
 
     try:
         evaluator = Evaluator.from_settings(settings, atoms)
         response = evaluator.evaluate_systems(np.asarray(atoms.cell)[None], atoms.get_positions()[None])
     except VoltPIError as error:
-        return Finding(False, f"{name}: {error}")
+        yield Finding(False, f"{name}: {error}")
+        return
     energy = float(response.energy[0])
     forces = response.forces.detach().cpu().norm(dim=-1)
     if not np.isfinite(energy) or not bool(forces.isfinite().all()):
-        return Finding(False, f"{name}: energy or forces are not finite numbers; check the structure")
+        yield Finding(False, f"{name}: energy or forces are not finite numbers; check the structure")
+        return
     largest = float(forces.max())
     if largest > _LARGEST_FORCE:
         atom = int(forces.argmax())
-        return Finding(
+        yield Finding(
             False,
             f"{name}: the force on atom {atom} ({atoms.symbols[atom]}) is {largest:.0f} eV/Å and a run would explode; "
             "relax or equilibrate the structure first",
         )
-    return Finding(
-        True, f"{name}: {len(atoms)} atoms, energy {energy:.6f} eV, largest force {largest:.2f} eV/Å, all terms finite"
+    else:
+        yield Finding(
+            True,
+            f"{name}: {len(atoms)} atoms, energy {energy:.6f} eV, largest force {largest:.2f} eV/Å, all terms finite",
+        )
+    if response.electrodes:
+        yield from _electrodes(evaluator.prepared, settings, response, name)
+
+
+def _electrodes(systems: Systems, settings: Settings, response: Response, name: str) -> Iterator[Finding]:
+    """How many atoms the electrodes have, what they are held at and answer, and what balances their charge."""
+    assert systems.electrode is not None
+    total = 0.0
+    for k, part in enumerate(settings.electrodes):
+        answers = {key: float(value[0]) for key, value in response.electrodes[part.name].items()}
+        total += answers["charge"]
+        n = int((systems.electrode == k).sum())
+        unit, answer = "V", f"{answers['charge']:z.6f} e"
+        if part.control == "charge":
+            unit, answer = "e", f"{answers['potential']:z.4f} V"
+        yield Finding(True, f"{name}: electrode {part.name}: {n} atoms, {part.value:g} {unit}, which gives {answer}")
+    net = float(systems.net_charge[0])
+    balance = f"has a net charge of {net:g} e (charges.net_charge)" if net else "is neutral"
+    yield Finding(
+        True,
+        f"{name}: the electrodes carry {total:z.6f} e in all and the other atoms {net - total:z.6f} e; the structure "
+        f"{balance}",
     )
+    if len(settings.electrodes) > 1 and bool(systems.pbc.all()) and not settings.coulomb.boundary.startswith("finite"):
+        yield Finding(
+            True,
+            f"hint: {name}: the cell is periodic in all directions, so that electrodes also face each other's images "
+            "across its face; coulomb.boundary: slab-z, or finite-field-z, is for one capacitor alone",
+        )
 
 
 def _check_input(path: Path, template: str | Path | None) -> Iterator[Finding]:
@@ -236,7 +271,7 @@ def _evaluates_in_a_run(
     plan: RunInput, ff: SocketForceField | DirectForceField, settings: Settings, atoms: Atoms, name: str
 ) -> Iterator[Finding]:
     yield from (Finding(False, f"{name}: {sentence}") for sentence in _against(plan, ff, settings, atoms))
-    yield _evaluates(settings, atoms, name)
+    yield from _evaluates(settings, atoms, name)
 
 
 def _against(
@@ -251,6 +286,11 @@ def _against(
         yield (
             f"pbc='True' folds atoms into the cell along {letters[0][0]} too, which is open, and would cut what lies "
             "across its face; remove it"
+        )
+    if ff.wraps and settings.coulomb.boundary.startswith("finite-field"):
+        yield (
+            "pbc='True' folds atoms over the face of the cell where the potential jumps, which is no place for them; "
+            "remove it"
         )
     barostat = plan.barostat
     changed = [letter for letter, d in letters if barostat is not None and barostat.changes(d)]

@@ -21,6 +21,7 @@ from voltpi.driver.structures import prepare_frame, refuse_turned
 from voltpi.driver.unwrap import Unwrapper
 from voltpi.driver.warm_start import Solutions
 from voltpi.potential.errors import InputError, VoltPIError
+from voltpi.potential.external.electrodes import check_electrodes
 from voltpi.potential.model import Potential
 from voltpi.potential.response import Response
 from voltpi.potential.systems import Systems
@@ -42,8 +43,10 @@ class Result(NamedTuple):
     forces : [n, 3] hartree/bohr
     virial : [3, 3] hartree, −∂E/∂strain
     extras : JSON-able; ``dipole`` [3] (e·bohr), ``residual`` (hartree/e), ``energy_NAME`` (hartree) and, as asked in
-        ``output``, ``charges`` [n] (e), ``BEC`` [3n][3] (e, row = 3·atom + displacement, column = dipole direction),
-        ``polarizability`` [3][3] (bohr³)
+        ``output``, ``charges`` [n] (e), ``shells`` [n][3] (bohr, from the core), ``BEC`` [3n][3] (e, row = 3·atom +
+        displacement, column = dipole direction), ``polarizability`` [3][3] (bohr³). With electrodes, in the order of
+        the settings: ``electrode_charges`` [electrodes] (e), ``electrode_potentials`` [electrodes] (hartree/e),
+        ``electrode_residual`` (hartree/e, the largest), ``capacitive_energy`` (hartree, ½ Σ ψ Q)
     """
 
     energy: float
@@ -55,9 +58,9 @@ class Result(NamedTuple):
 class Evaluator:
     """A potential prepared for one kind of structure, evaluated for as many replicas as asked.
 
-    Fragments, carried charges, field and boundary are fixed by the template at the start. Between calls it remembers,
-    the last charges and shells (a warm start, matched by positions) and, for each replica, the last positions (so that
-    wrapped atoms do not make the dipole jump).
+    Fragments, carried charges, electrodes, field and boundary are fixed by the template at the start. Between calls it
+    remembers the last charges and shells (a warm start, matched by positions) and, for each replica, the last positions
+    (so that wrapped atoms do not make the dipole jump).
     """
 
     def __init__(self, potential: Potential, template: Atoms, settings: Settings) -> None:
@@ -138,6 +141,9 @@ class Evaluator:
                 changes["field"] = self._tensor(fields[i : i + 1])
             parts.append(self.prepared.replace(**changes))
         systems = parts[0] if b == 1 else Systems.join(parts)
+        charges = self.potential.charges
+        if systems.electrode is not None and charges is not None:  # other images may have come than the template's
+            check_electrodes(systems, charges.electrodes, charges.finite_field)
         output = self.settings.output
         response = self.potential(
             systems,
@@ -211,8 +217,12 @@ class Evaluator:
         }
         # one key a term: i-PI can print a flat key with <trajectory extra_type=...>, but not a nested one
         columns |= {f"energy_{name}": _numpy(e) / HARTREE for name, e in response.energy_terms.items()}
+        if response.electrodes:
+            columns |= _electrode_columns(response)
         if self.settings.output.charges:
             columns["charges"] = _numpy(response.charges).reshape(b, -1)
+        if self.settings.output.shells:
+            columns["shells"] = _numpy(response.shells).reshape(b, -1, 3) / BOHR
         if response.born_charges is not None:
             # [atom, dipole, displacement] -> row 3·atom + displacement, column dipole
             columns["BEC"] = _numpy(response.born_charges.transpose(1, 2)).reshape(b, -1, 3)
@@ -221,6 +231,20 @@ class Evaluator:
         if response.smallest_curvature is not None:
             columns["smallest_curvature"] = _numpy(response.smallest_curvature) * BOHR**2 / HARTREE
         return [{key: value[i].tolist() for key, value in columns.items()} for i in range(b)]
+
+
+def _electrode_columns(response: Response) -> dict[str, Array]:
+    """Extras of the electrodes, [b, electrodes] or [b]."""
+    charge, potential, residual = (
+        np.stack([_numpy(electrode[key]) for electrode in response.electrodes.values()], axis=1)
+        for key in ("charge", "potential", "residual")
+    )
+    return {
+        "electrode_charges": charge,
+        "electrode_potentials": potential / HARTREE,
+        "electrode_residual": residual.max(axis=1) / HARTREE,
+        "capacitive_energy": 0.5 * (charge * potential).sum(axis=1) / HARTREE,
+    }
 
 
 def _of(structure: int, b: int) -> str:

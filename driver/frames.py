@@ -11,18 +11,19 @@ from ase import Atoms
 
 from voltpi.driver.evaluator import Evaluator, build_potential
 from voltpi.driver.settings import Settings
-from voltpi.driver.structures import frame_field
+from voltpi.driver.structures import array_of, frame_field
 from voltpi.potential.errors import VoltPIError
 from voltpi.potential.response import Response
 
-__all__ = ["evaluate_frames", "record"]
+__all__ = ["alike", "evaluate_frames", "record"]
 
 
 def evaluate_frames(settings: Settings, frames: Sequence[Atoms], source: str) -> Iterator[dict[str, Any]]:
     """A record for every frame, in order, with the keys of the command line's contract.
 
-    Frames of one composition and periodicity belong together: fragments and carried charges are those of their first
-    frame (at zero field, where ``auto``), and wrapped atoms are followed from frame to frame. Others start anew.
+    Frames of one composition, periodicity and fixed charges belong together: fragments, electrodes and carried charges
+    are those of their first frame (at zero field, where ``auto``), and wrapped atoms are followed from frame to frame.
+    Others start anew.
 
     Raises InputError for settings or frames that cannot be right; messages name ``source`` and the frame.
     """
@@ -33,7 +34,7 @@ def evaluate_frames(settings: Settings, frames: Sequence[Atoms], source: str) ->
         name = source if len(frames) == 1 else f"{source}, frame {k}"
         began = time.perf_counter()
         try:
-            if evaluator is None or known is None or not _alike(known, atoms):
+            if evaluator is None or known is None or not alike(known, atoms, settings):
                 evaluator = Evaluator(potential, atoms, settings)
                 known = atoms
             evaluator.forget_start()  # a frame's answer does not depend on how the frame before was solved
@@ -47,8 +48,12 @@ def evaluate_frames(settings: Settings, frames: Sequence[Atoms], source: str) ->
         yield record(response, evaluator.volume(np.asarray(atoms.cell)), time.perf_counter() - began)
 
 
-def _alike(first: Atoms, other: Atoms) -> bool:
-    return np.array_equal(first.numbers, other.numbers) and np.array_equal(first.pbc, other.pbc)
+def alike(first: Atoms, other: Atoms, settings: Settings) -> bool:
+    """Whether what was prepared for one structure holds for the other: composition, periodicity, fixed charges."""
+    arrays = ["numbers", *([settings.charges.values] if settings.charges.model == "fixed" else [])]
+    pairs = [(array_of(first, name), array_of(other, name)) for name in arrays]
+    same = all(a is b if a is None or b is None else np.array_equal(a, b) for a, b in pairs)
+    return same and np.array_equal(first.pbc, other.pbc)
 
 
 def record(response: Response, volume: float, seconds: float) -> dict[str, Any]:
@@ -63,7 +68,7 @@ def record(response: Response, volume: float, seconds: float) -> dict[str, Any]:
         "shells": response.shells.tolist(),
         "dipole": response.dipole[0].tolist(),
         "electrodes": {
-            name: {key: float(value[0]) for key, value in values.items()}
+            name: {key: float(values[key][0]) for key in ("charge", "potential")}
             for name, values in response.electrodes.items()
         },
         "residual": float(response.residual[0]),

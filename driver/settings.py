@@ -10,7 +10,9 @@ Units: Å, eV, e, V, V/Å.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -28,18 +30,26 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from voltpi.driver.selection import parse_selection
 from voltpi.driver.settings_file import Origins, assign, explain, key_path, origin_of, parse_value, read_yaml
 from voltpi.potential.errors import InputError
 
 __all__ = [
     "Charges",
+    "Clock",
     "Coulomb",
+    "Cyclic",
     "Dispersion",
     "Electrode",
     "Output",
     "Pair",
+    "Potentiostat",
+    "Ramp",
+    "Schedule",
     "Settings",
     "ShortRange",
+    "Square",
+    "Table",
     "Taper",
     "finite_number",
     "load_settings",
@@ -262,23 +272,131 @@ class Coulomb(_Strict):
     taper: Taper | None = None
 
 
-class Electrode(_Strict):
-    """Atoms at one potential (V), or with one total charge (e)."""
+def _electrode_name(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[^\W\d][\w-]*", value):
+        raise ValueError("expected a word that begins with a letter, such as left")
+    return value
 
-    name: Annotated[str, BeforeValidator(_text)]
+
+class Ramp(_Strict):
+    """From ``start`` to ``until`` (V) at ``rate`` (V/ps), and then constant."""
+
+    start: Number
+    rate: Annotated[Number, Field(gt=0)]
+    until: Number
+
+
+class Square(_Strict):
+    """``low`` for half a ``period`` (ps), then ``high`` (V) for the other half, and so on."""
+
+    low: Number
+    high: Number
+    period: Annotated[Number, Field(gt=0)]
+
+
+class Cyclic(_Strict):
+    """Cyclic voltammetry: from ``start`` (``low``, where not given) up to ``high``, down to ``low`` (V), up again, …
+
+    ``rate`` in V/ps.
+    """
+
+    low: Number
+    high: Number
+    rate: Annotated[Number, Field(gt=0)]
+    start: Number | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Cyclic:
+        if not self.low < self.high:
+            raise PydanticCustomError("contradiction", "low must lie below high")
+        if self.start is not None and not self.low <= self.start <= self.high:
+            raise PydanticCustomError("contradiction", "start must lie between low and high")
+        return self
+
+
+class Table(_Strict):
+    """``values`` (V) at ``times`` (ps), straight lines between them, constant before the first and after the last."""
+
+    times: tuple[Number, ...]
+    values: tuple[Number, ...]
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Table:
+        n, m = len(self.times), len(self.values)
+        if n != m or n == 0:
+            raise PydanticCustomError("contradiction", f"give as many values as times ({n} times and {m} values)")
+        if any(late <= early for early, late in itertools.pairwise(self.times)):
+            raise PydanticCustomError("contradiction", "times must increase from one to the next")
+        return self
+
+
+class Schedule(_Strict):
+    """A potential that changes with time in one of these ways (``voltpi.driver.schedule``); time starts at step 0."""
+
+    ramp: Ramp | None = None
+    square: Square | None = None
+    cyclic: Cyclic | None = None
+    table: Table | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Schedule:
+        if sum(kind is not None for kind in (self.ramp, self.square, self.cyclic, self.table)) != 1:
+            raise PydanticCustomError("contradiction", "give exactly one of ramp, square, cyclic and table")
+        return self
+
+
+def _potential(value: Any) -> float | Schedule:
+    """V, or how it changes with time."""
+    if isinstance(value, dict | Schedule):
+        return Schedule.model_validate(value)
+    try:
+        return finite_number(value)
+    except ValueError as error:
+        raise ValueError(f"{error} (V), or one of ramp, square, cyclic and table with its keys below it") from None
+
+
+Potential = Annotated[float | Schedule, PlainValidator(_potential)]
+
+
+class Electrode(_Strict):
+    """Atoms at one potential (V, constant or changing with time), or with one total charge (e).
+
+    atoms : a selection (``voltpi.driver.selection``), evaluated once, on the start structure, or indices from 0
+    eta : 1/Å, Gaussian charges of an ideal conductor; without it the atoms have the PQEq parameters of their element
+    hardness : eV/e² beyond the Gaussian's self-energy (0: ideal conductor)
+    thomas_fermi : Å, with ``atom_volume`` Å³ per atom (absent: that of the element's bulk crystal)
+    chi : V
+    polarizable : whether the atoms have PQEq shells
+    """
+
+    name: Annotated[str, BeforeValidator(_electrode_name)]
     atoms: str | tuple[int, ...]
-    potential: Number | None = None
+    potential: Potential | None = None
     charge: Number | None = None
     eta: Annotated[Number, Field(gt=0)] | None = None
     hardness: Annotated[Number, Field(ge=0)] = 0.0
     thomas_fermi: Annotated[Number, Field(ge=0)] = 0.0
+    atom_volume: Annotated[Number, Field(gt=0)] | None = None
     chi: Number | None = None
     polarizable: bool = False
+
+    @property
+    def control(self) -> Literal["potential", "charge"]:
+        """What the electrode is held at."""
+        return "charge" if self.potential is None else "potential"
+
+    @property
+    def value(self) -> float:
+        """V or e, as ``control`` says."""
+        value = self.charge if self.potential is None else self.potential
+        assert value is not None
+        return value
 
     @field_validator("atoms", mode="before")
     @classmethod
     def _selection(cls, value: Any) -> Any:
         if isinstance(value, str) and value.strip():
+            parse_selection(value)
             return value
         if isinstance(value, list | tuple) and value and all(type(i) is int and i >= 0 for i in value):
             return tuple(value)
@@ -288,13 +406,53 @@ class Electrode(_Strict):
     def _one(self) -> Electrode:
         if (self.potential is None) == (self.charge is None):
             raise PydanticCustomError("contradiction", "give exactly one of potential (V) and charge (e)")
+        if "hardness" in self.model_fields_set and self.eta is None:
+            raise PydanticCustomError(
+                "contradiction",
+                "hardness needs eta (1/Å), as without it the atoms have the hardness of their element; give eta or "
+                "remove hardness",
+            )
+        if self.atom_volume is not None and not self.thomas_fermi:
+            raise PydanticCustomError(
+                "contradiction", "atom_volume belongs to thomas_fermi (Å); give that or remove atom_volume"
+            )
         return self
+
+
+class Potentiostat(_Strict):
+    """The charge on two electrodes as one more degree of freedom of i-PI (``voltpi.driver.potentiostat``).
+
+    electrodes : names; a charge n (e) flows from the first, which has −n, to the second, which has +n
+    potential : V, of the second against the first
+    scale : Å/e; the coordinate is the charge times this
+    beads : how many structures share one charge, the mean of theirs: the beads of the ring polymer (a classical
+        charge); 1: every bead has its own
+    """
+
+    electrodes: tuple[str, ...]
+    potential: Potential
+    scale: Annotated[Number, Field(gt=0)] = 1.0
+    beads: Annotated[int, Field(ge=1)] = 1
+
+
+class Clock(_Strict):
+    """What i-PI does not tell its drivers; ``voltpi run`` fills it in from the XML or RESTART.
+
+    timestep : fs
+    first_step : the step whose structure comes first
+    beads : structures a step
+    """
+
+    timestep: Annotated[Number, Field(gt=0)]
+    first_step: Annotated[int, Field(ge=0)] = 0
+    beads: Annotated[int, Field(ge=1)] = 1
 
 
 class Output(_Strict):
     """What is computed and passed on beyond energy, forces and virial."""
 
     charges: bool = True
+    shells: bool = False
     born_charges: bool = False
     polarizability: bool = False
     smallest_curvature: bool = False
@@ -341,6 +499,8 @@ class Settings(_Strict):
         None
     )
     electrodes: tuple[Electrode, ...] = ()
+    potentiostat: Potentiostat | None = None
+    clock: Clock | None = None
     device: Annotated[str, BeforeValidator(_device)] = "auto"
     precision: Literal["double", "mixed", "single"] = "mixed"
     output: Output = Output()
@@ -358,11 +518,26 @@ class Settings(_Strict):
     def _read_dispersion(cls, value: Any) -> Any:
         return _optional_part(Dispersion, value)
 
+    @field_validator("electrodes", mode="before")
+    @classmethod
+    def _list_of_electrodes(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            raise ValueError("expected a list such as [{name: left, atoms: element Au, potential: 0.5}]")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
         for key, sentence in _contradictions(self):
             raise PydanticCustomError("contradiction", "{sentence}", {"sentence": sentence, "key": key})
         return self
+
+    @property
+    def scheduled(self) -> list[str]:
+        """The keys of potentials that change with time."""
+        keys = [f"electrodes.{k}.potential" for k, e in enumerate(self.electrodes) if isinstance(e.potential, Schedule)]
+        if self.potentiostat is not None and isinstance(self.potentiostat.potential, Schedule):
+            keys.append("potentiostat.potential")
+        return keys
 
     @property
     def has_model(self) -> bool:
@@ -430,6 +605,19 @@ def _contradictions(s: Settings) -> Iterator[tuple[str, str]]:
                     key,
                     f"{key} belongs to charges.model: fixed, not {charges.model}; remove it or change the model",
                 )
+    if charges.model == "fixed":
+        meaningless = ["limiter", "shell_limit", "conserve", "response", "carried", "fragments"]
+        if all(e.eta is not None for e in s.electrodes):  # otherwise they have the parameters of their element
+            meaningless.append("parameters")
+        for key in meaningless:
+            if f"charges.{key}" in given:
+                yield (
+                    f"charges.{key}",
+                    f"charges.{key} has no meaning with charges.model: fixed, whose charges are charges.values; remove "
+                    "one of the two",
+                )
+        if coulomb.method == "taper":
+            yield "coulomb.method", "coulomb.method: taper is for charges.model: pqeq or qeq, not fixed; use auto"
     if charges.limiter == "none" and "charges.shell_limit" in given:
         yield (
             "charges.shell_limit",
@@ -447,9 +635,7 @@ def _contradictions(s: Settings) -> Iterator[tuple[str, str]]:
             f"coulomb.method: {coulomb.method} needs a periodic boundary, not open; use auto, which sums large "
             "clusters on a mesh by itself",
         )
-    names = [e.name for e in s.electrodes]
-    for name in sorted({n for n in names if names.count(n) > 1}):
-        yield "electrodes", f"two electrodes are called {name}; give each its own name"
+    yield from _electrode_contradictions(s)
     if charges.model == "none":
         for key in ("born_charges", "polarizability", "smallest_curvature"):
             if getattr(s.output, key) and not s.has_model:
@@ -458,6 +644,71 @@ def _contradictions(s: Settings) -> Iterator[tuple[str, str]]:
             yield (
                 "field",
                 "a field needs charges that feel it; set charges.model (for example pqeq) or remove the field",
+            )
+
+
+def _electrode_contradictions(s: Settings) -> Iterator[tuple[str, str]]:
+    names = [e.name for e in s.electrodes]
+    for name in sorted({n for n in names if names.count(n) > 1}):
+        yield "electrodes", f"two electrodes are called {name}; give each its own name"
+    if s.coulomb.boundary.startswith("finite-field"):
+        axis = s.coulomb.boundary[-1]
+        at_potentials = sum(e.control == "potential" for e in s.electrodes)
+        if not len(s.electrodes) == at_potentials == 2:
+            yield (
+                "coulomb.boundary",
+                f"coulomb.boundary: finite-field-{axis} needs two electrodes, both at potentials, whose difference is "
+                f"the jump across the cell, but of {len(s.electrodes)} electrodes {at_potentials} are at potentials; "
+                f"give two, or use slab-{axis}",
+            )
+        for key in ("response", "carried"):
+            if s.given().get(f"charges.{key}", "all") != "all":
+                yield (
+                    f"charges.{key}",
+                    f"charges.{key} has no meaning with coulomb.boundary: finite-field-{axis}, where every charge "
+                    "feels the jump of the potential; remove it",
+                )
+    yield from _potentiostat_contradictions(s)
+    if s.clock is not None and not s.scheduled:
+        yield "clock", "clock is for potentials that change with time, and there is none; remove it"
+    if not s.electrodes:
+        return
+    if s.charges.model == "none" and not s.has_model:
+        yield "electrodes", "electrodes need charges; set charges.model (for example fixed) or remove them"
+    if s.coulomb.method == "taper":
+        yield "coulomb.method", "coulomb.method: taper has no electrodes; use auto, or remove the electrodes"
+    for k, electrode in enumerate(s.electrodes):
+        if s.charges.model in ("fixed", "qeq") and electrode.polarizable:
+            yield (
+                f"electrodes.{k}.polarizable",
+                f"electrode {electrode.name} cannot be polarizable with charges.model: {s.charges.model}, which has no "
+                "shells; remove polarizable or use pqeq",
+            )
+
+
+def _potentiostat_contradictions(s: Settings) -> Iterator[tuple[str, str]]:
+    if s.potentiostat is None:
+        return
+    names = s.potentiostat.electrodes
+    if len(names) != 2 or names[0] == names[1]:
+        yield (
+            "potentiostat.electrodes",
+            f"potentiostat.electrodes is [{', '.join(names)}]; give the names of the two electrodes between which "
+            "charge flows",
+        )
+    known = {e.name: e for e in s.electrodes}
+    for name in names:
+        if name not in known:
+            yield (
+                "potentiostat.electrodes",
+                f"potentiostat.electrodes: there is no electrode {name}; the settings have {', '.join(known) or 'none'}",
+            )
+        elif known[name].charge != 0:
+            held = "a potential" if known[name].charge is None else f"a charge of {known[name].charge:g} e"
+            yield (
+                "potentiostat.electrodes",
+                f"electrode {name} has {held} but its charge is the potentiostat's to move; give it charge: 0 (the "
+                "potential belongs to the potentiostat)",
             )
 
 
@@ -473,7 +724,8 @@ def load_settings(
     ----------
     path : YAML file; paths inside it are relative to its folder
     overrides : ``["a.b=c", ...]`` as the command line has them, or a mapping of dotted (or nested) keys to values;
-        text is read as YAML, so ``"[0, 0, 0.1]"`` is a list
+        text is read as YAML, so ``"[0, 0, 0.1]"`` is a list; an electrode goes by its place or its name, as in
+        ``electrodes.left.potential``
     origin : what messages call the source of the overrides
 
     Raises InputError, one sentence that names file, line, key, value and fix.
@@ -491,18 +743,32 @@ def load_settings(
             if not equals:
                 raise InputError(f"{origin} {item}: expected key=value, such as charges.model=pqeq")
             key, value = key.strip(), parse_value(text, f"{origin} {item}")
-            assign(data, origins, key, value, f"{origin} {item}")
+            assign(data, origins, _placed(key, data, f"{origin} {item}"), value, f"{origin} {item}")
         else:
             key, value = item
             # copied, because later assignments may go inside it
             value = copy.deepcopy(parse_value(value, f"{origin} {key}"))
-            assign(data, origins, key, value, f"{origin} {key}")
+            assign(data, origins, _placed(key, data, f"{origin} {key}"), value, f"{origin} {key}")
     try:
         settings = Settings.model_validate(data)
     except ValidationError as error:
         raise InputError(explain(error, Settings, origins)) from None
     settings._origins.update(origins)
     return settings
+
+
+def _placed(key: str, data: Mapping[str, Any], origin: str) -> str:
+    """``electrodes.left.potential`` -> ``electrodes.0.potential``; any other key as it is. Raises InputError."""
+    first, _, rest = key.partition(".")
+    name, dot, below = rest.partition(".")
+    if first != "electrodes" or not name or name.isdigit():
+        return key
+    electrodes = data.get("electrodes")
+    names = [e.get("name") for e in electrodes if isinstance(e, dict)] if isinstance(electrodes, list) else []
+    if name not in names:
+        known = ", ".join(map(str, names)) or "none"
+        raise InputError(f"{origin}: there is no electrode {name}; the settings have {known}")
+    return f"electrodes.{names.index(name)}{dot}{below}"
 
 
 def _resolve_paths(data: dict[str, Any], folder: Path) -> None:

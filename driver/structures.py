@@ -14,6 +14,7 @@ from ase.geometry import complete_cell
 from ase.io import read as read_with_ase
 from numpy.typing import NDArray
 
+from voltpi.driver.selection import select
 from voltpi.driver.settings import Settings
 from voltpi.potential.errors import InputError
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from voltpi.potential.systems import Systems
 
 __all__ = [
+    "array_of",
     "frame_field",
     "periodic_directions",
     "prepare_frame",
@@ -37,6 +39,9 @@ _GIVEN_PERIODIC = {
     "slab-x": (False, True, True),
     "slab-y": (True, False, True),
     "slab-z": (True, True, False),
+    "finite-field-x": (True, True, True),
+    "finite-field-y": (True, True, True),
+    "finite-field-z": (True, True, True),
 }
 # cell vectors; atoms that span less were wrapped into the cell, but for a few that have left it since
 _WRAPPED = 1.25
@@ -117,11 +122,19 @@ def frame_field(atoms: Atoms, settings: Settings, frame: str = "the structure") 
     return field
 
 
+def array_of(atoms: Atoms, name: str) -> np.ndarray | None:
+    """A per-atom array of the structure file by its name, or None; ASE takes a column ``charges`` for results."""
+    results = {} if atoms.calc is None else atoms.calc.results
+    value = atoms.arrays.get(name, results.get(name))
+    return None if value is None else np.asarray(value)
+
+
 def prepare_frame(atoms: Atoms, settings: Settings, potential: Potential, frame: str = "the structure") -> Systems:
     """One structure as the potential takes it, with all that stays constant over a run filled in.
 
     Raises InputError for a boundary that the structure does not have, a field that is not well defined in it, arrays
-    that are missing or do not fit, and what ``potential.prepare`` refuses.
+    that are missing or do not fit, electrodes without atoms, that share some or that the cell cuts, and what
+    ``potential.prepare`` refuses.
     """
     from voltpi.potential.neighbors import check_geometry
     from voltpi.potential.systems import Systems
@@ -134,8 +147,15 @@ def prepare_frame(atoms: Atoms, settings: Settings, potential: Potential, frame:
         device=potential.device,
     )
     check_geometry(systems)
-    _refuse_cut(atoms, bare.pbc, settings, frame)
-    if settings.charges.carried != "auto":
+    if settings.electrodes:
+        systems = _with_electrodes(systems, atoms, settings, potential)
+    electrode = np.full(len(atoms), -1) if systems.electrode is None else systems.electrode.cpu().numpy()
+    _refuse_cut(atoms, bare.pbc, electrode, settings, frame)
+    _refuse_cut_electrodes(atoms, electrode, settings, frame)
+    if settings.charges.model == "fixed":
+        fixed = _fixed_charges(atoms, electrode, settings, frame)
+        systems = systems.replace(carried=systems.positions.new_tensor(fixed))
+    elif settings.charges.carried != "auto":
         carried = _per_atom(atoms, settings.charges.carried, settings, "charges.carried", frame)
         systems = systems.replace(carried=systems.positions.new_tensor(carried))
     labels = None
@@ -151,6 +171,49 @@ def prepare_frame(atoms: Atoms, settings: Settings, potential: Potential, frame:
         except InputError as error:
             raise settings.refusal("field", str(error)) from None
     return prepared
+
+
+def _with_electrodes(systems: Systems, atoms: Atoms, settings: Settings, potential: Potential) -> Systems:
+    """The structure with its electrodes. Raises InputError for selections that fail, select nothing, or overlap."""
+    from voltpi.potential.external.electrodes import assign_electrodes
+
+    assert potential.charges is not None
+    selected = []
+    for k, electrode in enumerate(settings.electrodes):
+        try:
+            selected.append(select(electrode.atoms, atoms))
+        except InputError as error:
+            raise settings.refusal(f"electrodes.{k}.atoms", f"atoms of electrode {electrode.name}: {error}") from None
+    values = [e.value for e in settings.electrodes]
+    try:
+        return assign_electrodes(systems, potential.charges.electrodes, selected, values)
+    except InputError as error:
+        raise settings.refusal("electrodes", str(error)) from None
+
+
+def _fixed_charges(atoms: Atoms, electrode: NDArray[np.int64], settings: Settings, frame: str) -> NDArray[np.float64]:
+    """The charges [n] (e) of ``charges.model: fixed``, 0 on electrodes, whose charges are answers.
+
+    Raises InputError where the file has none, gives electrodes some, or they do not add up without electrodes.
+    """
+    key = "charges.values"
+    if (electrode >= 0).all():
+        return np.zeros(len(atoms))
+    values = _per_atom(atoms, settings.charges.values, settings, key, frame)
+    charged = np.flatnonzero((electrode >= 0) & (values != 0))
+    if len(charged):
+        atom = int(charged[0])
+        raise settings.refusal(
+            key,
+            f"{key} of {frame} give atom {atom} ({atoms.symbols[atom]}) {values[atom]:g} e, but it belongs to "
+            f"electrode {settings.electrodes[electrode[atom]].name}, whose charges are solved for; write 0 there",
+        )
+    total, net = values.sum(), settings.charges.net_charge
+    if not settings.electrodes and abs(total - net) > 1e-6:
+        raise settings.refusal(
+            key, f"{key} of {frame} add up to {total:g} e but charges.net_charge is {net:g} e; make them equal"
+        )
+    return values
 
 
 def refuse_turned(own: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_]) -> None:
@@ -239,11 +302,14 @@ def _with_boundary(atoms: Atoms, settings: Settings, frame: str) -> Atoms:
     )
 
 
-def _refuse_cut(atoms: Atoms, pbc: NDArray[np.bool_], settings: Settings, frame: str) -> None:
+def _refuse_cut(
+    atoms: Atoms, pbc: NDArray[np.bool_], electrode: NDArray[np.int64], settings: Settings, frame: str
+) -> None:
     """Raises InputError where the file's cell cuts a molecule or slab along an open direction.
 
     That is, two atoms are bonded across an open face of the cell and nowhere else; ions count as bonded to what is no
-    ion. Along a direction in which atoms reach far beyond one cell vector they were not wrapped into the cell.
+    ion. Along a direction in which atoms reach far beyond one cell vector they were not wrapped into the cell. Two
+    electrodes (``electrode`` [n], −1: none) back to back in a cell without vacuum are not bonded.
     """
     from voltpi.potential.fragments import BOND_TOLERANCE, IONS
     from voltpi.potential.neighbors import neighbor_list
@@ -268,6 +334,7 @@ def _refuse_cut(atoms: Atoms, pbc: NDArray[np.bool_], settings: Settings, frame:
     length = np.linalg.norm(vectors, axis=1)
     ion = np.isin(atoms.numbers, IONS)
     bonded = (length < BOND_TOLERANCE * (radii[i] + radii[j])) & ~(ion[i] & ion[j]) & (i != j)
+    bonded &= (electrode[i] < 0) | (electrode[j] < 0) | (electrode[i] == electrode[j])
     across = (shift[:, closed] != 0).any(axis=1)
     pair = i * len(atoms) + j
     cut = bonded & across & ~np.isin(pair, pair[bonded & ~across])
@@ -283,6 +350,48 @@ def _refuse_cut(atoms: Atoms, pbc: NDArray[np.bool_], settings: Settings, frame:
     )
 
 
+def _refuse_cut_electrodes(atoms: Atoms, electrode: NDArray[np.int64], settings: Settings, frame: str) -> None:
+    """Raises InputError where a face of a finite-field cell is not behind the electrodes.
+
+    The potential jumps at that face: it may cut no electrode, and what lies between the electrodes must lie between
+    them in the cell too.
+    """
+    boundary = settings.coulomb.boundary
+    if not boundary.startswith("finite-field"):
+        return
+    d = "xyz".index(boundary[-1])
+    along = np.linalg.solve(np.asarray(atoms.cell).T, atoms.positions.T)[d]
+    problem = ""
+    for k, part in enumerate(settings.electrodes):
+        layers = np.sort(along[electrode == k])
+        inside = np.diff(layers).max(initial=0.0)
+        if inside > 1 - np.ptp(layers):  # it is more compact beyond the face
+            problem = f"electrode {part.name} is cut by the face of the cell along {'abc'[d]}"
+            break
+    else:
+        metal, others = along[electrode >= 0], along[electrode < 0]
+        between = ((others > metal.min()) & (others < metal.max())).sum()
+        if 2 * between < len(others):
+            problem = f"most atoms between the electrodes lie across the face of the cell along {'abc'[d]}"
+    if not problem:
+        return
+    order = np.argsort(along % 1)
+    label, place = electrode[order], along[order] % 1
+    after = np.roll(label, -1)
+    gaps = np.where((label >= 0) & (after >= 0) & (label != after), np.diff(place, append=place[0] + 1), 0.0)
+    widest = int(gaps.argmax())
+    fix = f"put that face behind the electrodes, or use slab-{boundary[-1]}"
+    if gaps[widest] > 0:
+        shift = _shift_to_face(place, gaps, widest)
+        fix = f"shift all atoms along {'abc'[d]} by {shift:.3f} of that cell vector and wrap them into the cell"
+    raise settings.refusal("coulomb.boundary", f"{frame}: {problem}, where the potential jumps; {fix}")
+
+
+def _shift_to_face(along: NDArray[np.float64], gaps: NDArray[np.float64], k: int) -> float:
+    """What brings the middle of the k-th gap, which follows ``along[k]``, to the face of the cell (fractional)."""
+    return float((1 - along[k] - 0.5 * gaps[k]) % 1)
+
+
 def _mend(cell: NDArray[np.float64], fractional: NDArray[np.float64], d: int) -> str:
     """What brings the atoms together along cell vector ``d``, in which they are cut."""
     along = np.sort(fractional[:, d] % 1)
@@ -290,7 +399,7 @@ def _mend(cell: NDArray[np.float64], fractional: NDArray[np.float64], d: int) ->
     widest = int(gaps.argmax())
     if gaps[widest] / np.linalg.norm(np.linalg.inv(cell)[:, d]) < _VACUUM:
         return "put molecules that the cell cuts together, choose a boundary that is periodic there"
-    shift = (1 - along[widest] - 0.5 * gaps[widest]) % 1
+    shift = _shift_to_face(along, gaps, widest)
     return f"shift the slab along {'abc'[d]} by {shift:.2f} of that cell vector and wrap it into the cell"
 
 
@@ -313,10 +422,11 @@ def _per_atom(
 ) -> NDArray[np.float64]:
     """A per-atom array [n] from the settings or, by name, from the structure file."""
     if isinstance(value, str):
-        if value not in atoms.arrays:
+        named = array_of(atoms, value)
+        if named is None:
             held = ", ".join(atoms.arrays)
             raise settings.refusal(key, f"{key} is '{value}' but {frame} has no such per-atom array (it has {held})")
-        array = np.asarray(atoms.arrays[value])
+        array = named
     else:
         array = np.asarray(value)
     if array.shape != (len(atoms),) or not np.issubdtype(array.dtype, np.number):

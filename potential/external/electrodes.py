@@ -154,11 +154,12 @@ def check_electrodes(systems: Systems, electrodes: Sequence[Electrode], finite_f
     along = (systems.positions * dual[systems.batch]).sum(-1)
     for k, electrode in enumerate(electrodes):
         for b in range(systems.n_systems):
-            own = along[(systems.electrode == k) & (systems.batch == b)]
-            if float(own.max() - own.min()) > 0.5:
+            own = along[(systems.electrode == k) & (systems.batch == b)].sort().values
+            span = float(own[-1] - own[0])
+            if len(own) > 1 and float(own.diff().max()) > 1 - span:
                 raise InputError(
-                    f"electrodes.{electrode.name} spans {float(own.max() - own.min()):.2f} of the cell along "
-                    f"{'abc'[finite_field]}: shift the structure so that no electrode is cut by the cell's face"
+                    f"electrodes.{electrode.name} lies at both ends of the cell along {'abc'[finite_field]} (its atoms "
+                    f"span {span:.2f} of it): shift the structure so that no electrode is cut by the cell's face"
                 )
 
 

@@ -169,7 +169,7 @@ def test_a_table_for_people_says_the_same(structure: Path, capsys: pytest.Captur
         (["--set", "model=no-such"], ["no-such"]),
         (["--set", "model=./no.safetensors"], ["no.safetensors"]),
         (["--set", "charges.model=none"], ["nothing to compute"]),
-        (["--set", "coulomb.boundary=finite-field-z"], ["not available in this version", "slab-x/y/z"]),
+        (["--set", "coulomb.boundary=finite-field-z"], ["needs two electrodes, both at potentials", "slab-z"]),
         (["--set", "coulomb.method=direct"], ["direct is for open boundaries"]),
         (["--settings", "no.yaml"], ["no.yaml", "no such settings file"]),
         (["--settings"], ["--settings"]),

@@ -315,11 +315,9 @@ def test_positions_that_are_not_finite_stop_the_run(bad: float) -> None:
 
 
 UNAVAILABLE = {
-    "charges.model": ["fixed", "latent", "linear-qeq"],
-    "coulomb.boundary": ["finite-field-x", "finite-field-z"],
+    "charges.model": ["latent", "linear-qeq"],
     "short_range": [{"foundation": "chgnet"}],
     "displacement": [[None, None, 0.1]],
-    "electrodes": [[{"name": "a", "atoms": [0], "potential": 1.0}]],
 }
 
 

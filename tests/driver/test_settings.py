@@ -9,7 +9,7 @@ import pytest
 from voltpi.driver.settings import Settings, load_settings
 from voltpi.potential.errors import InputError
 
-# every key of the contract, with a value that is valid together with the others
+# every key of the contract that is valid together with the others
 EVERYTHING = """
 model: none
 short_range:
@@ -24,7 +24,7 @@ short_range:
     cutoff: 9
 dispersion: {functional: pbe, damping: bj}
 charges:
-  model: fixed
+  model: pqeq
   parameters: default
   net_charge: 1
   limiter: fene
@@ -33,23 +33,27 @@ charges:
   response: shells
   carried: auto
   fragments: [0, 0, 1]
-  values: initial_charges
-  width: {O: 1.2}
 coulomb:
-  method: taper
-  boundary: auto
+  method: pme
+  boundary: slab-z
   accuracy: 1e-6
   coulomb_constant: 14.399645
-  taper: {cutoff: 12.5, iterations: 2, clamp: 0.25}
 field: [0, 0.1, 0]
 displacement: [null, null, 0.1]
 electrodes:
-  - {name: left, atoms: "element Au and z < 10", potential: -0.5, eta: 1.8, hardness: 0, thomas_fermi: 0.5, chi: 0.1}
+  - {name: left, atoms: "element Au and z < 10", potential: -0.5, eta: 1.8, hardness: 0, thomas_fermi: 0.5,
+     atom_volume: 16.9, chi: 0.1}
   - {name: right, atoms: [3, 4], charge: 0.5, polarizable: true}
 device: cuda:1
 precision: double
-output: {charges: true, born_charges: true, polarizability: true}
+output: {charges: true, shells: true, born_charges: true, polarizability: true, smallest_curvature: true}
 """
+# and the others
+OTHERS = """
+charges: {model: fixed, net_charge: 1, values: q, width: {O: 1.2}}
+coulomb: {boundary: auto}
+"""
+TAPER = "coulomb: {method: taper, taper: {cutoff: 12.5, iterations: 2, clamp: 0.25, cut: sites}}"
 
 
 def write(folder: Path, text: str) -> Path:
@@ -61,13 +65,16 @@ def write(folder: Path, text: str) -> Path:
 def test_every_key_of_the_contract_is_read(tmp_path: Path) -> None:
     s = load_settings(write(tmp_path, EVERYTHING))
     assert s.coulomb.accuracy == 1e-6  # YAML 1.1 reads 1e-6 as text
-    assert s.coulomb.taper is not None
-    assert s.coulomb.taper.cutoff == 12.5
     assert s.displacement == (None, None, 0.1)
     assert s.electrodes[1].atoms == (3, 4)
     assert s.electrodes[0].potential == -0.5
     assert s.charges.fragments == (0, 0, 1)
-    assert s.charges.width == {"O": 1.2}
+    assert (s.electrodes[0].atom_volume, s.electrodes[1].polarizable, s.output.shells) == (16.9, True, True)
+    taper = load_settings(write(tmp_path, TAPER)).coulomb.taper
+    assert taper is not None
+    assert (taper.cutoff, taper.cut) == (12.5, "sites")
+    fixed = load_settings(write(tmp_path, OTHERS)).charges
+    assert (fixed.model, fixed.values, fixed.width) == ("fixed", "q", {"O": 1.2})
     assert s.short_range is not None
     pair = s.short_range.pair
     assert pair is not None
@@ -83,7 +90,8 @@ def test_defaults_are_those_of_the_contract() -> None:
     assert (s.charges.limiter, s.charges.shell_limit) == ("fene", 0.25)
     assert (s.coulomb.method, s.coulomb.boundary, s.coulomb.accuracy) == ("auto", "auto", 1e-6)
     assert (s.device, s.precision) == ("auto", "mixed")
-    assert (s.output.charges, s.output.born_charges, s.output.polarizability) == (True, False, False)
+    assert (s.output.charges, s.output.shells, s.output.born_charges) == (True, False, False)
+    assert (s.output.polarizability, s.output.smallest_curvature) == (False, False)
     assert s.given() == {}
 
 
