@@ -259,8 +259,9 @@ def _from_checkpoint(settings: Settings, device: str) -> Potential:
     from voltpi.potential.checkpoints import load_potential
     from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT
 
+    walls = _short_range(settings)
     try:
-        potential = load_potential(settings.model, precision=settings.precision, device=device)
+        potential = load_potential(settings.model, precision=settings.precision, device=device, walls=walls)
     except InputError as error:
         raise settings.refusal("model", str(error)) from None
     given = settings.given()

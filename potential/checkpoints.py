@@ -28,6 +28,7 @@ from voltpi.potential.electrostatics.pqeq import PQEq
 from voltpi.potential.errors import InputError
 from voltpi.potential.model import Potential
 from voltpi.potential.shortrange.nequip import NequIP
+from voltpi.potential.shortrange.pair import PairPotential
 
 __all__ = ["FORMAT", "list_models", "load_potential", "model_path", "read_card", "read_description", "save_potential"]
 
@@ -138,9 +139,16 @@ def save_potential(path: str | Path, potential: Potential, card: dict[str, Any])
 
 
 def load_potential(
-    name_or_path: str | Path, *, precision: str = "mixed", device: torch.device | str = "cpu"
+    name_or_path: str | Path,
+    *,
+    precision: str = "mixed",
+    device: torch.device | str = "cpu",
+    walls: PairPotential | None = None,
 ) -> Potential:
-    """The potential in a model file, ready to evaluate. Raises InputError where the file cannot be used."""
+    """The potential in a model file, ready to evaluate, with a pair potential of ``walls`` between electrodes.
+
+    Raises InputError where the file cannot be used.
+    """
     description = read_description(name_or_path)
     path = model_path(name_or_path)
     network = None
@@ -162,6 +170,7 @@ def load_potential(
         None if charges is None else _built(path, "charges", lambda: PQEq.from_config(charges)),
         None if dispersion is None else _built(path, "dispersion", lambda: D3(**dispersion)),
         reference_energies=_built(path, "reference_energies", lambda: _references(description["reference_energies"])),
+        walls=walls,
         precision=precision,
     ).to(device)
 

@@ -50,6 +50,8 @@ class Potential:
     charges : charge equilibration, or None
     dispersion : D3, or None
     reference_energies : atomic number -> eV, the energies of atoms from which the short range counts (added in float64)
+    walls : pair potential between electrodes and the rest, or None. With it, short range, dispersion and reference
+        energies are those of the electrolyte alone: a model that knows no metal runs between electrodes
     precision : ``double`` (all float64), ``mixed`` (float32 network, float64 electrostatics) or ``single`` (as mixed:
         the electrostatics keep float64, where float32 would not converge)
     """
@@ -61,6 +63,7 @@ class Potential:
         dispersion: D3 | None = None,
         *,
         reference_energies: Mapping[int, float] | None = None,
+        walls: Any = None,
         precision: str = "mixed",
     ) -> None:
         if short_range is None and charges is None and dispersion is None:
@@ -71,6 +74,7 @@ class Potential:
         self.charges = charges
         self.dispersion = dispersion
         self.reference_energies = dict(reference_energies or {})
+        self.walls = walls
         self.precision = precision
         self.device = torch.device("cpu")
         # a pair potential keeps float64 at any precision
@@ -79,12 +83,14 @@ class Potential:
             short_range.to(self._dtype).eval()
             short_range.requires_grad_(False)
         self._pairs = None if short_range is None else NeighborCache(short_range.cutoff)
+        self._wall_pairs = None if walls is None else NeighborCache(walls.cutoff)
 
     def to(self, device: torch.device | str) -> Potential:
         """Moves the network to a device; structures are moved there when they come."""
         self.device = torch.device(device)
-        if isinstance(self.short_range, torch.nn.Module):
-            self.short_range.to(self.device)
+        for part in (self.short_range, self.walls):
+            if isinstance(part, torch.nn.Module):
+                part.to(self.device)
         return self
 
     def prepare(
@@ -140,14 +146,18 @@ class Potential:
         terms: dict[str, Tensor] = {}
         forces = torch.zeros_like(systems.positions)
         virial = torch.zeros_like(systems.cell)
+        inner, atoms = self._modelled(systems)
         if self.short_range is not None:
-            energy, f, w = self._short_range(systems)
-            terms["short_range"], forces, virial = energy, forces + f, virial + w
+            energy, f, w = self._short_range(inner)
+            terms["short_range"], forces, virial = energy, forces.index_add(0, atoms, f), virial + w
         if self.reference_energies:
-            terms["atoms"] = self._references(systems)
+            terms["atoms"] = self._references(inner)
         if self.dispersion is not None:
-            energy, f, w = self.dispersion(systems)
-            terms["dispersion"], forces, virial = energy, forces + f, virial + w
+            energy, f, w = self.dispersion(inner)
+            terms["dispersion"], forces, virial = energy, forces.index_add(0, atoms, f), virial + w
+        if self.walls is not None:
+            energy, f, w = self._walls(systems)
+            terms["walls"], forces, virial = energy, forces + f, virial + w
         solved = self._solve(
             systems,
             start,
@@ -182,6 +192,27 @@ class Potential:
             smallest_curvature=None if solved is None else solved.smallest_curvature,
         )
 
+    def _modelled(self, systems: Systems) -> tuple[Systems, Tensor]:
+        """What short range and dispersion see, and which atoms [m] of the batch that is."""
+        every = torch.arange(systems.n_atoms, device=self.device)
+        if self.walls is None:
+            return systems, every
+        if systems.electrode is None:
+            raise InputError("a pair potential of walls is set but the structure has no electrodes: assign them")
+        atoms = every[systems.electrode < 0]
+        if bool((torch.bincount(systems.batch[atoms], minlength=systems.n_systems) == 0).any()):
+            raise InputError("there is no electrolyte: every atom of the structure belongs to an electrode")
+        return systems.take(atoms), atoms
+
+    def _walls(self, systems: Systems) -> tuple[Tensor, Tensor, Tensor]:
+        assert self._wall_pairs is not None
+        assert systems.electrode is not None
+        pairs = self._wall_pairs(systems)
+        metal = systems.electrode >= 0
+        across = metal[pairs.index[0]] != metal[pairs.index[1]]
+        kept = Neighbors(pairs.index[:, across], pairs.shift[across], pairs.vectors[across])
+        return self._local(self.walls, systems, kept, torch.float64)
+
     def _references(self, systems: Systems) -> Tensor:
         atomic = torch.full((len(chemical_symbols),), torch.nan, dtype=torch.float64)
         for number, energy in self.reference_energies.items():
@@ -209,10 +240,15 @@ class Potential:
 
     def _short_range(self, systems: Systems) -> tuple[Tensor, Tensor, Tensor]:
         assert self._pairs is not None
-        pairs = self._pairs(systems)
-        vectors = pairs.vectors.to(self._dtype).detach().requires_grad_(True)
+        return self._local(self.short_range, systems, self._pairs(systems), self._dtype)
+
+    def _local(
+        self, model: Any, systems: Systems, pairs: Neighbors, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Energy [b], forces and virial of a local model."""
+        vectors = pairs.vectors.to(dtype).detach().requires_grad_(True)
         with torch.enable_grad():
-            atomic = self.short_range(systems.numbers, pairs.index, vectors)
+            atomic = model(systems.numbers, pairs.index, vectors)
             (gradient,) = torch.autograd.grad(atomic.sum(), vectors, allow_unused=True)
         if gradient is None:
             gradient = torch.zeros_like(vectors)
