@@ -47,7 +47,7 @@ class Point:
         self.coulomb: CoulombState = f.operator.at(self.q, self.shells)
         spring, stiffness, growth = f.spring(self.shells)
         self.stiffness, self.growth = stiffness, growth
-        moments = self.q[:, None] * f.lever + f.carried_moments - f.shell_coupling * f.z[:, None] * self.shells
+        moments = f.charge_moments(self.q) - f.shell_coupling * f.z[:, None] * self.shells
         self.dipole = torch.zeros_like(f.field).index_add_(0, f.system.batch, moments)
         total = f.segments.sum
         self.terms = {
@@ -195,32 +195,33 @@ class Functional:
             feel = torch.where((system.electrode >= 0)[:, None, None], across, feel)
         self._feel = feel
         self.lever = torch.einsum("nab,nb->na", feel, whole)
-        self._carried = torch.zeros_like(self.chi)
+        self._carrying = torch.zeros_like(self.free)  # what does not feel a field itself
         if not all_feel:
-            rest = self.free if system.electrode is None else self.free & (system.electrode < 0)
-            self._carried = self._carried_charges() * rest
+            self._carrying = self.free if system.electrode is None else self.free & (system.electrode < 0)
+        if bool(self._carrying.any()) and system.carried is None and bool((system.field != 0).any()):
+            raise InputError(
+                f"charges.response is {model.response} in a field but the structure carries no charges: prepare it first"
+            )
+        self._whole = whole
         self.pull = torch.einsum("nab,na->nb", feel, self.field[system.batch])  # force on a charge, V/Å
-        self.carried_moments = self._carried[:, None] * whole
 
-    def _carried_charges(self) -> Tensor:
+    def _carried(self, q: Tensor) -> Tensor:
+        """Charges [n] in M of what does not feel a field: the carried ones (without a field and none given, its own)."""
         carried = self.system.carried
-        if carried is None:
-            if bool((self.system.field != 0).any()):
-                raise InputError(
-                    f"charges.response is {self.model.response} in a field but the structure carries no charges: "
-                    "prepare it first"
-                )
-            return torch.zeros_like(self.chi)
-        return carried
+        return self._carrying * (q if carried is None else carried)
+
+    def charge_moments(self, q: Tensor) -> Tensor:
+        """Contributions of charges to M, [n, 3]."""
+        return q[:, None] * self.lever + self._carried(q)[:, None] * self._whole
 
     def coupling(self, q: Tensor) -> Tensor:
         """∂M_a/∂r_b of every atom at fixed q and Δ, [n, 3, 3] (e)."""
         eye = torch.eye(3, dtype=q.dtype, device=q.device)
-        return q[:, None, None] * self._feel + self._carried[:, None, None] * eye
+        return q[:, None, None] * self._feel + self._carried(q)[:, None, None] * eye
 
     def field_virial(self, point: Point) -> Tensor:
         """−∂/∂strain of −ε·M at fixed q and Δ, [b, 3, 3]: a uniform field stays, the reduced one turns along."""
-        moment = point.q[:, None] * self.lever + self.carried_moments
+        moment = self.charge_moments(point.q)
         out = torch.zeros_like(self.system.cell)
         out.index_add_(0, self.system.batch, self.system.field[self.system.batch][:, :, None] * moment[:, None, :])
         if bool((self.reduced != 0).any()):  # cores move along with it, shell displacements do not
