@@ -47,7 +47,7 @@ DIRECT_BELOW = 1000
 """Atoms; a larger cluster is summed on a mesh."""
 
 # measured on one CPU core, ns per application: an atom and a window point, a mesh point (times log2), a pair
-_COST_WINDOW, _COST_MESH, _COST_PAIR = 2.0, 0.75, 50.0
+_COST_WINDOW, _COST_MESH, _COST_PAIR, _COST_RIGID_PAIR = 2.0, 0.75, 50.0, 25.0
 # kernels that are kept from call to call: at least so many, and no more numbers than these
 _FEWEST_KERNELS, _CACHED_NUMBERS = 6, 40_000_000
 _SKIN = 0.8  # Å, of lists of pairs that are kept
@@ -242,7 +242,8 @@ class CoulombOperator:
         rough: bool = False,
         many_products: bool = False,
     ) -> None:
-        self.cost_pair = _COST_PAIR / (system.n_atoms if many_products else 1)
+        pair = _COST_PAIR if bool((shell_charge != 0).any()) else _COST_RIGID_PAIR
+        self.cost_pair = pair / (system.n_atoms if many_products else 1)
         self.dtype = torch.float32 if rough else torch.float64
         self.mesh_only = rough
         self.system = system
