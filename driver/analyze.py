@@ -52,6 +52,10 @@ def analyze(arguments: Sequence[str]) -> list[str]:
     for path in files:
         if not path.exists():
             raise InputError(f"{path}: there is no such file or folder; give the files of a run")
+    if analysis.needs_setup:
+        from voltpi.driver.run_setup import describe_run
+
+        given["describe"] = describe_run
     answer: dict[str, Any] = analysis.run(files, out, **given)
     if as_json:
         return [json.dumps({key: value for key, value in answer.items() if key != "report"}, allow_nan=False)]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from voltpi.potential.errors import InputError
 
-__all__ = ["Barostat", "DirectForceField", "RunInput", "SocketForceField", "read_input"]
+__all__ = ["Barostat", "DirectForceField", "ForceComponent", "Motion", "RunInput", "SocketForceField", "read_input"]
 
 _PES_FILE = Path(__file__).with_name("pes.py")
 
@@ -36,7 +36,8 @@ class SocketForceField:
 class DirectForceField:
     """An ``<ffdirect>``: i-PI evaluates inside its own process.
 
-    ``ours`` where it loads VoltPI's PES, ``wraps`` where it folds atoms into the cell first.
+    ``ours`` where it loads VoltPI's PES, ``wraps`` where it folds atoms into the cell first, ``threaded`` where batches
+    may come short.
     """
 
     name: str
@@ -46,6 +47,7 @@ class DirectForceField:
     batch_size: int
     ours: bool
     wraps: bool = False
+    threaded: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,35 @@ class Barostat:
         """Whether lengths along this axis (0, 1, 2 for x, y, z) change, or what lies along it is sheared."""
         pairs = ("".join(sorted("xyz"[direction] + other)) for other in "xyz")
         return not self.fixed.issuperset(pairs)
+
+
+@dataclass(frozen=True)
+class ForceComponent:
+    """A ``<force>`` of a system: which forcefield, evaluated on how many beads (0: on all)."""
+
+    forcefield: str
+    n_beads: int
+
+
+@dataclass(frozen=True)
+class Motion:
+    """A ``<motion>``: how atoms are moved, and which are not.
+
+    mode : of ``<motion>`` (``dynamics``, ``minimize``, …)
+    dynamics : mode of ``<dynamics>`` (``nvt``, …), empty where there is none
+    thermostats : modes of what acts on the atoms, those inside ``multi`` one by one; empty where there is none
+    multiple_steps : whether forces are evaluated with several timesteps (``<nmts>``)
+    fixes_com : ``<fixcom>``, as written
+    fixed_atoms, fixed_dofs : ``<fixatoms>``, ``<fixatoms_dof>`` (3·atom + direction)
+    """
+
+    mode: str
+    dynamics: str
+    thermostats: tuple[str, ...]
+    multiple_steps: bool
+    fixes_com: bool
+    fixed_atoms: frozenset[int]
+    fixed_dofs: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -77,6 +108,12 @@ class RunInput:
     properties: tuple[Path, ...]  # files with a column `step`, in full
     barostat: Barostat | None
     cell_is_given: bool  # by the input itself, and not only by the start structure
+    motions: tuple[Motion, ...] = ()
+    forces: tuple[ForceComponent, ...] = ()
+    n_systems: int = 1
+    moves_systems: bool = False  # <smotion>: exchanges between systems and the like
+    temperature: float | None = None  # K
+    masses: tuple[tuple[int, tuple[float, ...]], ...] = ()  # amu, given by hand: (index, one mass) or (-1, all masses)
 
     @property
     def folder(self) -> Path:
@@ -87,6 +124,16 @@ class RunInput:
     def is_checkpoint(self) -> bool:
         """Whether this is a RESTART or another checkpoint of i-PI."""
         return self.template is None
+
+    def mass(self, atom: int) -> float | None:
+        """The mass (amu) that the input itself gives an atom; None where it follows from the element."""
+        given = None
+        for index, masses in self.masses:
+            if index == atom:
+                given = masses[0]
+            elif index < 0 and atom < len(masses):
+                given = masses[atom]
+        return given
 
     def advice(self) -> list[str]:
         """Sentences about what is allowed but slow."""
@@ -120,8 +167,8 @@ def read_input(xml: str | Path) -> RunInput:
     if not any(element.tag.lower().startswith("ff") for element in root):
         raise InputError(f"{path.name}: no forcefield; add <ffsocket> or <ffdirect> (see `voltpi new`)")
     n_beads = _beads(tags)
-    for ff, element in zip(direct, root.iter("ffdirect"), strict=True):
-        if element.get("threaded", "false").strip().lower() != "true" and n_beads % ff.batch_size:
+    for ff in direct:
+        if not ff.threaded and n_beads % ff.batch_size:
             raise InputError(
                 f"{path.name}: <ffdirect name='{ff.name}'> has <batch_size> {ff.batch_size}, which does not divide "
                 f"{n_beads} beads, and i-PI would wait for ever; use a divisor, or threaded='True'"
@@ -139,6 +186,12 @@ def read_input(xml: str | Path) -> RunInput:
         properties=tuple(path.parent / name for name in _step_files(root, prefix)),
         barostat=_barostat(root),
         cell_is_given=any(element.find("cell") is not None for element in root.iter("initialize")),
+        motions=tuple(_motion(element) for element in root.iter("motion") if element.get("mode") != "multi"),
+        forces=tuple(_force(element) for element in root.iterfind("system/forces/force")),
+        n_systems=len(root.findall("system")) + len(root.findall("system_template")),
+        moves_systems=_text(root, "smotion") != "" or any(len(e) > 0 for e in root.iterfind("smotion")),
+        temperature=_quantity(next(root.iter("temperature"), None), "temperature", "kelvin"),
+        masses=tuple(_masses(root)),
     )
 
 
@@ -190,7 +243,11 @@ def _socket(tags: _Tags, element: ET.Element) -> SocketForceField:
 
 
 def _wraps(element: ET.Element) -> bool:
-    return element.get("pbc", "false").strip().lower() == "true"
+    return _is_true(element.get("pbc", "false"))
+
+
+def _is_true(text: str) -> bool:
+    return text.strip().lower() == "true"
 
 
 def _direct(tags: _Tags, element: ET.Element, folder: Path) -> DirectForceField:
@@ -218,7 +275,8 @@ def _direct(tags: _Tags, element: ET.Element, folder: Path) -> DirectForceField:
                 "paths are relative to that folder",
             )
     batch_size = tags.number(element, "batch_size", 1, int, least=1)
-    return DirectForceField(name, pes, pes_path, parameters, batch_size, ours, _wraps(element))
+    threaded = _is_true(element.get("threaded", "false"))
+    return DirectForceField(name, pes, pes_path, parameters, batch_size, ours, _wraps(element), threaded)
 
 
 def _parameters(tags: _Tags, element: ET.Element, here: str) -> dict[str, Any]:
@@ -263,16 +321,67 @@ def _beads(tags: _Tags) -> int:
 
 
 def _timestep(root: ET.Element) -> float | None:
+    return _quantity(next(root.iter("timestep"), None), "time", "femtosecond")
+
+
+def _quantity(element: ET.Element | None, kind: str, unit: str) -> float | None:
+    """The number in a tag with i-PI's units, in ``unit``; None where there is none, or i-PI will refuse it."""
+    values = _quantities(element, kind, unit)
+    return values[0] if len(values) == 1 else None
+
+
+def _quantities(element: ET.Element | None, kind: str, unit: str) -> tuple[float, ...]:
     from ipi.utils.units import unit_to_internal, unit_to_user
 
-    element = next(root.iter("timestep"), None)
     if element is None or not element.text:
-        return None
+        return ()
     try:
-        internal = unit_to_internal("time", element.get("units", "automatic"), float(element.text))
+        factor = unit_to_internal(kind, element.get("units", "automatic"), 1.0)
+        return tuple(float(unit_to_user(kind, unit, factor * float(word))) for word in _words(element.text))
     except (ValueError, TypeError, KeyError):
-        return None  # i-PI says what is wrong with it
-    return float(unit_to_user("time", "femtosecond", internal))
+        return ()  # i-PI says what is wrong with it
+
+
+def _words(text: str | None) -> list[str]:
+    """The entries of one of i-PI's lists, ``[1, 2, 3]``."""
+    return (text or "").strip().strip("[]").replace(",", " ").split()
+
+
+def _masses(root: ET.Element) -> Iterator[tuple[int, tuple[float, ...]]]:
+    for element in root.iterfind("system/initialize/masses"):
+        if element.get("mode", "").strip() == "manual" and (m := _quantities(element, "mass", "dalton")):
+            yield int(element.get("index", "-1")), m
+    for element in root.iterfind("system/beads/m"):
+        yield -1, _quantities(element, "mass", "dalton")
+
+
+def _motion(element: ET.Element) -> Motion:
+    dynamics = element.find("dynamics")
+    thermostats: list[str] = []
+    multiple_steps = False
+    if dynamics is not None:
+        for thermostat in dynamics.iterfind("thermostat"):
+            inner = [t.get("mode", "") for t in thermostat.iter("thermostat")]
+            thermostats += [mode.strip() for mode in inner if mode.strip() not in ("", "multi")]
+        multiple_steps = any(word not in ("0", "1") for word in _words(dynamics.findtext("nmts")))
+    return Motion(
+        mode=element.get("mode", "dynamics").strip(),
+        dynamics="" if dynamics is None else dynamics.get("mode", "nve").strip(),
+        thermostats=tuple(thermostats),
+        multiple_steps=multiple_steps,
+        fixes_com=_is_true(_text(element, "fixcom", "True")),
+        fixed_atoms=frozenset(_whole(element.findtext("fixatoms"))),
+        fixed_dofs=frozenset(_whole(element.findtext("fixatoms_dof"))),
+    )
+
+
+def _whole(text: str | None) -> list[int]:
+    return [int(word) for word in _words(text) if word.lstrip("-").isdigit()]
+
+
+def _force(element: ET.Element) -> ForceComponent:
+    beads = element.get("nbeads", "0").strip()
+    return ForceComponent(element.get("forcefield", "").strip(), int(beads) if beads.isdigit() else 0)
 
 
 def _barostat(root: ET.Element) -> Barostat | None:

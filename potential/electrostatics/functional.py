@@ -166,10 +166,13 @@ class Functional:
         model, system = self.model, self.system
         self.psi: Tensor | None = None
         self.reduced = torch.zeros_like(system.field)
-        if not model.electrodes:
+        if not model.electrodes and system.electrode is None:
             return
-        if system.electrode is None or system.applied is None:
-            raise InputError("electrodes are set but the structure has none assigned: prepare it first")
+        held = 0 if system.applied is None else system.applied.shape[1]
+        if system.electrode is None or system.applied is None or held != len(model.electrodes):
+            raise InputError(
+                f"the structure has {held} electrodes but the potential {len(model.electrodes)}: assign them anew"
+            )
         controlled = [e.control == "potential" for e in model.electrodes]
         at_potential = torch.tensor([*controlled, False], device=system.device)[system.electrode]
         values = torch.cat([system.applied, torch.zeros_like(system.applied[:, :1])], dim=1)
@@ -200,13 +203,14 @@ class Functional:
             self._carrying = self.free if system.electrode is None else self.free & (system.electrode < 0)
         if bool(self._carrying.any()) and system.carried is None and bool((system.field != 0).any()):
             raise InputError(
-                f"charges.response is {model.response} in a field but the structure carries no charges: prepare it first"
+                f"charges.response is {model.response} in a field but the structure carries no charges: "
+                "prepare it first"
             )
         self._whole = whole
         self.pull = torch.einsum("nab,na->nb", feel, self.field[system.batch])  # force on a charge, V/Å
 
     def _carried(self, q: Tensor) -> Tensor:
-        """Charges [n] in M of what does not feel a field: the carried ones (without a field and none given, its own)."""
+        """Charges [n] in M of what does not feel a field: the carried ones (where none are given, its own)."""
         carried = self.system.carried
         return self._carrying * (q if carried is None else carried)
 
@@ -285,7 +289,10 @@ class Functional:
     def _held_charges(self) -> Tensor:
         """[n], e; 0 where charges are free."""
         if self.system.carried is None:
-            raise InputError("charges.model is fixed but the structure brings no charges: prepare it first")
+            raise InputError(
+                "charges.model is fixed but the structure brings no charges: give every atom its own, as "
+                "initial_charges in the structure file or under the name in charges.values"
+            )
         return torch.where(self.free, 0.0, self.system.carried)
 
     @property

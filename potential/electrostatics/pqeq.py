@@ -129,6 +129,9 @@ class PQEq:
                 raise InputError(f"{name} is {value:g}: {fix}")
         for symbol, row in self.parameters.items():
             check_parameters("charges.parameters", symbol, row)
+        names = [e.name for e in self.electrodes]
+        if len(set(names)) < len(names):
+            raise InputError(f"two electrodes have one name ({', '.join(names)}): give each its own")
         if self.finite_field is not None:
             controls = [e.control for e in self.electrodes]
             if self.finite_field not in (0, 1, 2) or controls != ["potential", "potential"]:
@@ -216,18 +219,41 @@ class PQEq:
                     "field along a periodic direction with electrodes: a metal has no end there, its charge would flow "
                     "without end; set that component of field to 0"
                 )
-        if self.response != "all" or not bool((along & system.pbc).any()):
+        if self.finite_field is not None:
+            self._check_finite_field(system)
+            along[:, self.finite_field] = True
+        elif self.response != "all":
             return
+        electrolyte = self._electrolyte(system)
+        if not bool((along & system.pbc).any()) or not bool((self._free(electrolyte) & electrolyte).any()):
+            return
+        field, instead = "field along a periodic direction with charges.response all", "charges.response to shells"
+        if self.finite_field is not None:
+            field, instead = "coulomb.boundary finite-field", "coulomb.boundary to a slab"
         if self.conserve == "total":
             raise InputError(
-                "field along a periodic direction with charges.response all and charges.conserve total: charge would "
-                "flow across the cell without end; set charges.conserve to fragments or charges.response to shells"
+                f"{field} and charges.conserve total: charge would flow across the cell without end; set "
+                f"charges.conserve to fragments or {instead}"
             )
         check_whole(system)
         if bool((percolating(system) & along).any()):
             raise InputError(
-                "field along a direction in which a fragment is bonded to its own image: "
-                "its charge could flow across the cell; set charges.response to shells"
+                f"{field}, along which a fragment is bonded to its own image: its charge could flow across the cell; "
+                f"set {instead}"
+            )
+
+    def _check_finite_field(self, system: Systems) -> None:
+        """Raises InputError for a structure that a jump of the potential across the cell makes no sense for."""
+        if not bool(system.pbc.all()):
+            raise InputError(
+                "coulomb.boundary finite-field needs a structure that is periodic in all three directions: set pbc to "
+                "T T T, or coulomb.boundary to a slab"
+            )
+        charged = (system.net_charge.abs() > 1e-6).nonzero()[:, 0]
+        if len(charged):
+            raise InputError(
+                f"charges.net_charge is {float(system.net_charge[charged[0]]):g} e with coulomb.boundary finite-field, "
+                "whose field would pull the whole cell: set it to 0, or coulomb.boundary to a slab"
             )
 
     def solve(

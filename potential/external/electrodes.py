@@ -108,10 +108,22 @@ def assign_electrodes(
     atoms : indices of the atoms of every electrode
     values : V of every electrode at a potential, e of every one at a charge
 
-    Raises InputError for an electrode without atoms, an atom in two electrodes, or an index that is no atom.
+    Raises InputError for an electrode without atoms, an atom in two electrodes, an index that is no atom, other numbers
+    of electrodes, atoms and values, or several structures.
     """
+    if systems.n_systems != 1:
+        raise InputError(
+            f"electrodes are assigned to one structure but {systems.n_systems} were given: join them after"
+        )
+    if not len(electrodes) == len(atoms) == len(values):
+        raise InputError(
+            f"there are {len(electrodes)} electrodes, {len(atoms)} lists of atoms and {len(values)} potentials or "
+            "charges: give one of each"
+        )
     label = torch.full((systems.n_atoms,), -1, dtype=torch.int64)
     for k, (electrode, indices) in enumerate(zip(electrodes, atoms, strict=True)):
+        if np.asarray(indices).dtype == bool:
+            indices = np.flatnonzero(indices)
         index = torch.as_tensor(np.asarray(indices, dtype=np.int64))
         if index.numel() == 0:
             raise InputError(f"electrodes.{electrode.name} has no atoms: correct its selection")

@@ -1,0 +1,223 @@
+"""Voltages as functions of time, and the clock behind them.
+
+    electrodes:
+      - {name: left, atoms: index 0:16, potential: 0.0}
+      - {name: right, atoms: index 16:32, potential: {ramp: {start: 0, rate: 0.1, until: 1.0}}}      # V, V/ps
+
+or ``{square: {low, high, period}}``, ``{cyclic: {low, high, rate}}``, ``{table: {times, values}}``; a potentiostat's
+potential too. Time is the number of i-PI's step times the timestep of the input, as in i-PI's property ``time``: the
+structure that i-PI prints at a step was evaluated at that step's potential, in the first part of a run and after a
+restart alike.
+
+i-PI tells its drivers no time. Inside i-PI (``<ffdirect>``) its own step is read. A driver behind a socket counts the
+structures it evaluates, from a first step that ``voltpi run`` gives it (key ``clock``); for that it must be the only
+driver, be asked once a step and bead, and never be asked twice. Whatever breaks this is refused by ``refusals``, or by
+the driver itself: batches over sockets, which i-PI fills up with copies; a second connection, which begins in the
+middle of a step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voltpi.driver.settings import Clock, Cyclic, Ramp, Schedule, Settings, Square, Table
+from voltpi.potential.errors import VoltPIError
+
+if TYPE_CHECKING:
+    from voltpi.driver.evaluator import Evaluator, Result
+    from voltpi.driver.ipi_input import DirectForceField, RunInput, SocketForceField
+
+__all__ = ["Scheduled", "Steps", "applied_at", "clock_settings", "potential_at", "refusals", "settings_at"]
+
+Array = NDArray[np.float64]
+
+# of a period: a step at which a square wave jumps is not to be missed by rounding
+_ROUNDING = 1e-9
+
+
+def potential_at(potential: float | Schedule, time: float) -> float:
+    """V at ``time`` (ps)."""
+    if not isinstance(potential, Schedule):
+        return potential
+    shape = potential.ramp or potential.square or potential.cyclic or potential.table
+    match shape:
+        case Ramp():
+            distance = min(shape.rate * time, abs(shape.until - shape.start))
+            return shape.start + math.copysign(distance, shape.until - shape.start)
+        case Square():
+            return shape.high if math.floor(2 * time / shape.period + _ROUNDING) % 2 else shape.low
+        case Cyclic():
+            width = shape.high - shape.low
+            begun = 0.0 if shape.start is None else shape.start - shape.low
+            along = (begun + shape.rate * time) % (2 * width)
+            return shape.low + min(along, 2 * width - along)
+        case Table():
+            return float(np.interp(time, shape.times, shape.values))
+    raise AssertionError("a schedule has one shape")
+
+
+def settings_at(settings: Settings, time: float = 0.0) -> Settings:
+    """The settings with the potentials of that time (ps): nothing in them changes any more, and there is no clock."""
+    electrodes = tuple(
+        e if e.potential is None else e.model_copy(update={"potential": potential_at(e.potential, time)})
+        for e in settings.electrodes
+    )
+    return settings.model_copy(update={"electrodes": electrodes, "clock": None})
+
+
+def applied_at(settings: Settings, times: Array) -> Array:
+    """What the electrodes are held at, [b, electrodes] (V or e), at ``times`` [b] (ps)."""
+    return np.array(
+        [[_held(e.charge, e.potential, float(time)) for e in settings.electrodes] for time in times], dtype=float
+    )
+
+
+def _held(charge: float | None, potential: float | Schedule | None, time: float) -> float:
+    if charge is not None:
+        return charge
+    assert potential is not None
+    return potential_at(potential, time)
+
+
+class Steps:
+    """Which step each structure belongs to that i-PI hands over.
+
+    Inside i-PI that is the step it is at; anywhere else structures are counted, as ``clock`` says.
+    Raises VoltPIError (at the first structure) where there is neither.
+    """
+
+    def __init__(self, clock: Clock | None) -> None:
+        self._clock = clock
+        self._seen = 0
+        self._first: int | None = None
+
+    def of(self, b: int) -> NDArray[np.int64]:
+        """Steps [b] of the next ``b`` structures; asking does not count."""
+        simulation = _simulation()
+        beads = _beads(simulation) if simulation is not None else self._counted().beads
+        begun = (self._seen + np.arange(b)) // beads
+        if simulation is None:
+            return begun + self._counted().first_step
+        # the first structures are those that the run starts from; afterwards i-PI is on its way to the next step
+        now = max(int(simulation.step), 0)
+        first = now if self._first is None else self._first
+        return np.where(begun == 0, first, now + 1)
+
+    def times(self, steps: NDArray[np.int64]) -> Array:
+        """ps."""
+        simulation = _simulation()
+        timestep = self._counted().timestep if simulation is None else _timestep(simulation)
+        return 1e-3 * timestep * steps
+
+    def count(self, steps: NDArray[np.int64]) -> None:
+        """These structures, of ``steps`` [b], were evaluated."""
+        if self._first is None:
+            self._first = int(steps[0])
+        self._seen += len(steps)
+
+    def _counted(self) -> Clock:
+        if self._clock is None:
+            raise VoltPIError(
+                "a potential changes with time and this driver has no clock: start the run with `voltpi run`, or give "
+                "--set clock.timestep=FS --set clock.first_step=N (of the RESTART; 0 at the start) --set clock.beads=P"
+            )
+        return self._clock
+
+
+def _simulation() -> Any:
+    """i-PI's own Simulation where this process is i-PI: it has registered itself to be saved at a soft exit."""
+    from ipi.utils.softexit import softexit
+
+    owners = (getattr(entry[0], "__self__", None) for entry in softexit.flist)
+    return next((owner for owner in owners if hasattr(owner, "syslist") and hasattr(owner, "step")), None)
+
+
+def _beads(simulation: Any) -> int:
+    return int(simulation.syslist[0].beads.nbeads)
+
+
+def _timestep(simulation: Any) -> float:
+    """fs."""
+    from ipi.utils.units import unit_to_user
+
+    return float(unit_to_user("time", "femtosecond", simulation.syslist[0].motion.dt))
+
+
+class Scheduled:
+    """An evaluator whose electrodes' potentials change with time; extras say the ``step`` that was counted."""
+
+    counts_structures = True
+
+    def __init__(self, evaluator: Evaluator, settings: Settings) -> None:
+        self._evaluator, self._settings = evaluator, settings
+        self._steps = Steps(settings.clock)
+
+    @property
+    def n_atoms(self) -> int:
+        """Atoms of the template."""
+        return self._evaluator.n_atoms
+
+    def evaluate(self, cells: Array, positions: Array, replicas: Sequence[int] | None = None) -> list[Result]:
+        """As ``Evaluator.evaluate``, each structure at the potentials of its step. Raises as that does."""
+        steps = self._steps.of(len(positions))
+        applied = applied_at(self._settings, self._steps.times(steps))
+        results = self._evaluator.evaluate(cells, positions, replicas, applied)
+        self._steps.count(steps)
+        return [
+            r._replace(extras={**r.extras, "step": int(step)}) for r, step in zip(results, steps, strict=True)
+        ]
+
+
+def clock_settings(plan: RunInput) -> list[str]:
+    """What a driver of this run must be told, as ``key=value`` assignments of the settings."""
+    return [
+        f"clock.timestep={plan.timestep!r}",
+        f"clock.first_step={plan.first_step}",
+        f"clock.beads={plan.n_beads}",
+    ]
+
+
+def refusals(plan: RunInput, ff: SocketForceField | DirectForceField, settings: Settings) -> Iterator[str]:
+    """Why potentials cannot follow the time in this run, each with its fix."""
+    if not settings.scheduled:
+        return
+    key = settings.scheduled[0]
+    if settings.clock is not None:
+        yield f"clock is filled in from the input by `voltpi run`, and {key} would follow another; remove it"
+    if hasattr(ff, "mode") and ff.batch_size > 1:
+        yield (
+            f"<batch_size> {ff.batch_size}: i-PI fills batches up with copies over sockets, and a driver that counts "
+            f"steps for {key} would count them; use <batch_size>1</batch_size>, or <ffdirect>"
+        )
+    yield from once_a_step(plan, ff, f"{key} changes with time")
+    if plan.timestep is None:
+        yield f"{key} changes with time but <timestep> is missing or no number; add it to <dynamics>"
+
+
+def once_a_step(plan: RunInput, ff: SocketForceField | DirectForceField, why: str) -> Iterator[str]:
+    """Where i-PI would not evaluate this forcefield once a step and bead."""
+    if plan.n_systems != 1 or plan.moves_systems:
+        yield f"{why}, which needs one <system> and no <smotion>; run the systems one by one"
+    for motion in plan.motions:
+        if motion.mode != "dynamics" or motion.dynamics not in ("nve", "nvt", "npt", "nst"):
+            mode = f"<dynamics mode='{motion.dynamics}'>" if motion.dynamics else f"<motion mode='{motion.mode}'>"
+            yield f"{why}, which needs one evaluation a step, but {mode} may ask for more; use nve, nvt, npt or nst"
+        if motion.multiple_steps:
+            yield f"{why}, which needs one evaluation a step, but <nmts> asks for several; remove it"
+    if len(plan.motions) > 1:
+        yield f"{why}, which needs a single <motion>; remove the others"
+    own = [force for force in plan.forces if force.forcefield == ff.name]
+    contracted = [force.n_beads for force in own if force.n_beads not in (0, plan.n_beads)]
+    if len(own) > 1:
+        yield f"{why}, which needs one evaluation a step, but {len(own)} <force> tags ask for it; keep one"
+    if contracted:
+        yield (
+            f"{why}, which needs every bead, but <force nbeads='{contracted[0]}'> evaluates {contracted[0]} of "
+            f"{plan.n_beads}; remove that nbeads"
+        )
