@@ -14,9 +14,9 @@ from voltpi.analysis.field_response import FieldResponse, RunSummary
 from voltpi.analysis.polarization import E_PER_A2
 from voltpi.analysis.statistics import block_averages, plus_minus
 
-__all__ = ["draw_field_response", "draw_polarization"]
+__all__ = ["COLORS", "STYLE", "draw_field_response", "draw_polarization", "save_figure"]
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -25,10 +25,11 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "figure.dpi": 100,
 }
-_COLORS = ("#0072b2", "#d55e00", "#009e73")  # Okabe–Ito: told apart by all
+COLORS = ("#0072b2", "#d55e00", "#009e73")  # Okabe–Ito: told apart by all
 
 
-def _save(figure: Figure, stem: Path) -> list[Path]:
+def save_figure(figure: Figure, stem: Path) -> list[Path]:
+    """Writes STEM.png and STEM.svg."""
     paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
     figure.savefig(paths[0], dpi=200)
     figure.savefig(paths[1])
@@ -40,11 +41,11 @@ def draw_polarization(summary: RunSummary, stem: Path) -> list[Path]:
     p, field = summary.polarization, summary.run.field
     strength = float(np.linalg.norm(field))
     time = p.time / 1000.0
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.9), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(2.6, 1.0))
         for k, name in enumerate("xyz"):
-            left.plot(time, p.dipole[:, k] / p.n_molecules, color=_COLORS[k], lw=0.8, label=f"$M_{name}$")
+            left.plot(time, p.dipole[:, k] / p.n_molecules, color=COLORS[k], lw=0.8, label=f"$M_{name}$")
         series = p.dipole @ (field / strength if strength > 0 else np.array([1.0, 0.0, 0.0])) / p.n_molecules
         if summary.induced is not None:
             value, error = summary.induced.value, summary.induced.error
@@ -66,7 +67,7 @@ def draw_polarization(summary: RunSummary, stem: Path) -> list[Path]:
             right.set_xticks(shown, [f"{x:.3g}" for x in shown])
             right.set_xticks([], minor=True)
         right.set(xlabel="block length (fs)", ylabel="error of the mean (e·Å)", ylim=(0.0, None))
-        return _save(figure, stem)
+        return save_figure(figure, stem)
 
 
 def _density_axis(axes: Axes, molecules_per_volume: float) -> None:
@@ -77,11 +78,11 @@ def _density_axis(axes: Axes, molecules_per_volume: float) -> None:
 
 def draw_field_response(response: FieldResponse, stem: Path) -> list[Path]:
     """⟨M⟩ per molecule against the field with the fitted line."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.6, 2.9), layout="constrained")
         axes = figure.subplots()
         finite = np.where(np.isfinite(response.errors), response.errors, 0.0)
-        axes.errorbar(response.fields, response.dipoles, finite, fmt="o", ms=4, capsize=2, color=_COLORS[0])
+        axes.errorbar(response.fields, response.dipoles, finite, fmt="o", ms=4, capsize=2, color=COLORS[0])
         x = np.linspace(min(0.0, response.fields.min()), max(0.0, response.fields.max()), 2)
         axes.plot(
             x,
@@ -92,4 +93,4 @@ def draw_field_response(response: FieldResponse, stem: Path) -> list[Path]:
         )
         axes.set(xlabel="field (V/Å)", ylabel="dipole per molecule (e·Å)")
         axes.legend(loc="upper left")
-        return _save(figure, stem)
+        return save_figure(figure, stem)

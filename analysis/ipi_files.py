@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from ase import Atoms
+from ase.data import atomic_numbers
 from ase.io import iread
 from ipi.utils.io.backends.io_xyz import read_xyz
 from ipi.utils.units import unit_to_internal, unit_to_user
@@ -26,6 +27,7 @@ __all__ = [
     "Properties",
     "convert",
     "file_kind",
+    "iter_extras",
     "read_extras",
     "read_properties",
     "read_trajectory",
@@ -119,14 +121,9 @@ def read_extras(path: str | Path) -> Extras:
     steps: list[int] = []
     records: list[list[list[float]]] = []
     name = ""
-    for line in _lines(path):
-        match = _EXTRAS.match(line)
-        if match:
-            name, step = match[1], int(match[2])
-            steps.append(step)
-            records.append([])
-        elif records:
-            records[-1].append(_numbers(line))
+    for name, step, rows in _records(path):  # noqa: B007 (the last one is used)
+        steps.append(step)
+        records.append(rows)
     if not records:
         raise InputError(f"{path}: no '#EXTRAS(…)# Step:' line; give a file of <trajectory extra_type='…'> extras")
     shapes = [(len(record), *{len(row) for row in record}) for record in records]
@@ -142,9 +139,43 @@ def read_extras(path: str | Path) -> Extras:
     return Extras(path, name, kept[order], values[order])
 
 
+def iter_extras(path: str | Path) -> Iterator[tuple[int, Array]]:
+    """Steps and values of a file of extras one by one, as ``read_extras`` reads them all at once.
+
+    Records that were cut short, and steps that go back in time (a restart that wrote them again), are left out.
+    """
+    latest, shape = -1, None
+    for _, step, rows in _records(Path(path)):
+        if step <= latest or not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
+            continue
+        values = np.array(rows[0] if len(rows) == 1 else rows)
+        shape = values.shape if shape is None else shape
+        if values.shape == shape:
+            latest = step
+            yield step, values
+
+
+def _records(path: Path) -> Iterator[tuple[str, int, list[list[float]]]]:
+    """Name, step and lines of numbers of every record of extras."""
+    name, step, rows = "", -1, list[list[float]]()
+    for line in _lines(path):
+        match = _EXTRAS.match(line)
+        if match:
+            if name:
+                yield name, step, rows
+            name, step, rows = match[1], int(match[2]), []
+        elif name:
+            rows.append(_numbers(line))
+    if name:
+        yield name, step, rows
+
+
 @dataclass(frozen=True)
 class Frame:
-    """One frame of positions: ``step`` (None where the file does not say), ``atoms`` in Å (not wrapped)."""
+    """One frame of positions: ``step`` (None where the file does not say), ``atoms`` in Å (not wrapped).
+
+    What is no element, such as the particle of a potentiostat, is ASE's dummy element X.
+    """
 
     step: int | None
     atoms: Atoms
@@ -197,7 +228,7 @@ def _read_ipi_xyz(path: Path) -> Iterator[Frame]:
                 what = quantity[1] if quantity else "something without 'positions{unit} cell{unit}' in its comment"
                 raise InputError(f"{path}: holds {what}, not positions; give the trajectory of positions")
             atoms = Atoms(
-                [str(name) for name in names],
+                [str(name) if name in atomic_numbers else "X" for name in names],
                 positions=convert(positions.reshape(-1, 3), "length", quantity[2], "angstrom"),
                 cell=convert(h.T, "length", quantity[3], "angstrom"),
                 pbc=True,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from voltpi.analysis.capacitor_analyses import (
+    analyze_capacitor,
+    analyze_electrode_charge,
+    analyze_layers,
+    analyze_profiles,
+)
+from voltpi.analysis.output import checked_skip, output_stem, write_results
 from voltpi.potential.errors import InputError
 
 __all__ = ["ANALYSES", "Analysis", "Option", "analyze_field_response", "analyze_polarization"]
@@ -33,13 +38,15 @@ class Analysis:
     """An analysis: ``run(paths, out, **options)`` writes CSV, JSON and figures and returns a JSON-able dict.
 
     The dict holds ``report`` (lines for a person), ``figure`` and ``files`` (paths) beside the numbers. With ``out``
-    None the files go beside the run. Wrong input raises InputError.
+    None the files go beside the run. Wrong input raises InputError. One that ``needs_setup`` takes ``describe``, which
+    says what a run's settings mean for its start structure (``voltpi.analysis.capacitor``): only the driver knows.
     """
 
     name: str
     summary: str
     run: Callable[..., dict[str, Any]]
     options: tuple[Option, ...] = ()
+    needs_setup: bool = False
 
 
 def analyze_polarization(
@@ -57,12 +64,12 @@ def analyze_polarization(
     runs = find_runs(list(paths), field)
     if len(runs) != 1:
         raise InputError(f"polarization is of one run, but {len(runs)} were given: call it for each")
-    summary = summarize(runs[0], _checked(skip))
+    summary = summarize(runs[0], checked_skip(skip))
     p = summary.polarization
-    stem = _stem(out, runs[0].folder, "polarization")
+    stem = output_stem(out, runs[0].folder, "polarization")
     table = np.column_stack([p.steps, p.time, p.dipole, p.density, p.volume])
     header = ["step", "time_fs", *(f"M{c}_eA" for c in "xyz"), *(f"P{c}_C_per_m2" for c in "xyz"), "volume_A3"]
-    return _write(stem, summary.numbers(), summary.report(), header, table, draw_polarization(summary, stem))
+    return write_results(stem, summary.numbers(), summary.report(), header, table, draw_polarization(summary, stem))
 
 
 def analyze_field_response(paths: Sequence[Path], out: Path | None = None, *, skip: float = 0.0) -> dict[str, Any]:
@@ -78,53 +85,20 @@ def analyze_field_response(paths: Sequence[Path], out: Path | None = None, *, sk
     if files or len(paths) < 2:
         wrong = f"{files[0]} is no folder" if files else "only one was given"
         raise InputError(f"field-response takes two or more folders of runs at different fields, but {wrong}")
-    summaries = [summarize(run, _checked(skip)) for run in find_runs(list(paths))]
+    summaries = [summarize(run, checked_skip(skip)) for run in find_runs(list(paths))]
     response = field_response(summaries)
-    stem = _stem(out, paths[0].resolve().parent, "field-response")
+    stem = output_stem(out, paths[0].resolve().parent, "field-response")
     numbers = response.numbers() | {"runs": [summary.numbers() for summary in summaries]}
     table = np.column_stack([response.fields, response.dipoles, response.errors])
     header = ["field_V_per_A", "dipole_per_molecule_eA", "error_eA"]
-    return _write(stem, numbers, response.report(), header, table, draw_field_response(response, stem))
-
-
-def _checked(skip: float) -> float:
-    if not skip >= 0.0:
-        raise InputError(f"skip is {skip}: give the time to leave out in fs, zero or more")
-    return skip
-
-
-def _stem(out: Path | None, beside: Path, name: str) -> Path:
-    folder = beside if out is None else out
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); give another folder with --out") from None
-    return folder / name
-
-
-def _write(
-    stem: Path, numbers: dict[str, Any], report: list[str], header: list[str], table: np.ndarray, figures: list[Path]
-) -> dict[str, Any]:
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows([f"{x:.10g}" for x in row] for row in table)
-    numbers = _finite(numbers)
-    stem.with_suffix(".json").write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n")
-    files = [stem.with_suffix(".csv"), stem.with_suffix(".json"), *figures]
-    return numbers | {"report": report, "figure": str(figures[0]), "files": [str(path) for path in files]}
-
-
-def _finite(value: Any) -> Any:
-    """The same tree with None for numbers that are not finite, which JSON cannot say."""
-    if isinstance(value, dict):
-        return {key: _finite(x) for key, x in value.items()}
-    if isinstance(value, list):
-        return [_finite(x) for x in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+    return write_results(stem, numbers, response.report(), header, table, draw_field_response(response, stem))
 
 
 _SKIP = Option("skip", "time at the start to leave out, fs", default=0.0)
+_BIN = Option("bin", "width of bins, Å", default=0.1)
+_AUDIT = Option("audit", "frames in which the potential of the electrodes is summed over all charges", default=20.0)
+_TEMPERATURE = Option("temperature", "in K, where the run's files do not say it")
+_EMPTY = Option("empty", "change of the charge with the voltage at fixed nuclei, e/V, where it cannot be computed")
 _FIELD = Option("field", "the field in V/Å, where the run's files do not say it", count=3)
 
 ANALYSES: dict[str, Analysis] = {
@@ -141,6 +115,34 @@ ANALYSES: dict[str, Analysis] = {
             "mean dipole against field over several runs; dielectric constant",
             analyze_field_response,
             (_SKIP,),
+        ),
+        Analysis(
+            "profiles",
+            "densities, charge density, field and potential across a cell; potential drop against the applied one",
+            analyze_profiles,
+            (_SKIP, _BIN, _AUDIT),
+            needs_setup=True,
+        ),
+        Analysis(
+            "electrode-charge",
+            "charge of electrodes; capacitance from its fluctuations, or from several runs at different voltages",
+            analyze_electrode_charge,
+            (_SKIP, _TEMPERATURE, _EMPTY, _AUDIT),
+            needs_setup=True,
+        ),
+        Analysis(
+            "layers",
+            "charge of electrodes layer by layer and atom by atom",
+            analyze_layers,
+            (_SKIP, _AUDIT),
+            needs_setup=True,
+        ),
+        Analysis(
+            "capacitor",
+            "all three of a run at once, with one page of figures",
+            analyze_capacitor,
+            (_SKIP, _BIN, _TEMPERATURE, _EMPTY, _AUDIT),
+            needs_setup=True,
         ),
     )
 }

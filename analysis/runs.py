@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,12 @@ class Run:
     extras: dict[str, tuple[Path, ...]] = field(default_factory=dict)
     field: Array = field(default_factory=lambda: np.zeros(3))
 
+    @property
+    def outputs(self) -> list[Path]:
+        """All these files."""
+        tables = [] if self.properties is None else [self.properties.path]
+        return [*tables, *self.positions, *(path for paths in self.extras.values() for path in paths)]
+
     def times(self, steps: ArrayLike) -> Array:
         """Times (fs) of steps, from the properties file; outside its rows by the time step of the nearest two.
 
@@ -45,6 +51,18 @@ class Run:
         before = np.minimum(x - step[0], 0.0) * (time[1] - time[0]) / (step[1] - step[0])
         after = np.maximum(x - step[-1], 0.0) * (time[-1] - time[-2]) / (step[-1] - step[-2])
         return np.interp(x, step, time) + before + after
+
+    def after(self, skip: float) -> Callable[[int], bool]:
+        """Whether a step is ``skip`` fs or more later than the first one that is asked about."""
+        first: list[float] = []
+
+        def late(step: int) -> bool:
+            if skip <= 0.0:
+                return True
+            first[:] = first or [float(self.times(step))]
+            return float(self.times(step)) >= first[0] + skip
+
+        return late
 
     def table(self) -> Properties:
         """The properties. Raises InputError when the run wrote none."""
@@ -81,7 +99,7 @@ def find_run(where: Path | list[Path], field: ArrayLike | None = None) -> Run:
     if not kinds:
         raise InputError(f"{folder}: no output of i-PI; give a folder that i-PI ran in, or its files")
     tables = [table for table in map(read_properties, kinds.get("properties", ())) if "step" in table.columns]
-    for kind in ("positions", "extras:dipole", "extras:charges"):
+    for kind in _ONE_EACH:
         _refuse_several(folder, kind, {_BEAD.sub("", path.name) for path in kinds.get(kind, ())})
     _refuse_several(folder, "properties", {table.path.name for table in tables})
     return Run(
@@ -91,6 +109,12 @@ def find_run(where: Path | list[Path], field: ArrayLike | None = None) -> Run:
         extras={k.removeprefix("extras:"): tuple(v) for k, v in kinds.items() if k.startswith("extras:")},
         field=field_of(folder, [path for group in kinds.values() for path in group], field),
     )
+
+
+_ONE_EACH = (
+    "positions",
+    *(f"extras:{name}" for name in ("dipole", "charges", "shells", "electrode_charges", "electrode_potentials")),
+)
 
 
 def _refuse_several(folder: Path, kind: str, outputs: set[str]) -> None:

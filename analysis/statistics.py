@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.signal import correlate
 
 __all__ = [
+    "BlockedMean",
     "Blocks",
     "LinearFit",
     "Mean",
@@ -65,6 +66,59 @@ class LinearFit:
     slope_error: float
     intercept: float
     intercept_error: float
+
+
+class BlockedMean:
+    """Mean of arrays of one shape that come one by one, and its standard error from 16 to 31 consecutive blocks.
+
+    Right where blocks are longer than the correlations, as with ``block_averages``; nothing but blocks is kept.
+    """
+
+    _MOST = 64
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._size = 1
+        self._blocks: list[Array] = []
+        self._filling: Array | None = None
+        self._filled = 0
+
+    def add(self, values: ArrayLike) -> None:
+        """One more sample."""
+        x = np.array(values, dtype=float)
+        self._filling = x if self._filling is None else self._filling + x
+        self._filled += 1
+        self.n += 1
+        if self._filled < self._size:
+            return
+        self._blocks.append(self._filling)
+        self._filling, self._filled = None, 0
+        if len(self._blocks) == self._MOST:
+            self._blocks = _joined(self._blocks)
+            self._size *= 2
+
+    @property
+    def mean(self) -> Array:
+        """Of all samples. Raises ValueError without any."""
+        if self.n == 0:
+            raise ValueError("a mean needs at least one sample")
+        rest = [] if self._filling is None else [self._filling]
+        return np.sum([*self._blocks, *rest], axis=0) / self.n
+
+    @property
+    def error(self) -> Array:
+        """Standard error of the mean, nan from a single block."""
+        blocks, size = self._blocks, self._size
+        while len(blocks) >= 32:
+            blocks, size = _joined(blocks), 2 * size
+        if len(blocks) < 2:
+            return np.full_like(self.mean, np.nan)
+        return np.std(np.array(blocks) / size, axis=0, ddof=1) / np.sqrt(len(blocks))
+
+
+def _joined(blocks: list[Array]) -> list[Array]:
+    """Sums of neighbours; one that is left over is left out."""
+    return [a + b for a, b in zip(blocks[0::2], blocks[1::2], strict=False)]
 
 
 def autocorrelation_time(series: ArrayLike, window: float = 5.0) -> float:

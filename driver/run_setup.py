@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from voltpi.analysis.capacitor import Electrode, Setup
 from voltpi.analysis.run_inputs import Given
 from voltpi.driver.pes import parameter_value
-from voltpi.driver.settings import load_settings
+from voltpi.driver.potentiostat import settings_of, without_ghost
+from voltpi.driver.schedule import settings_at
+from voltpi.driver.settings import Schedule, load_settings
 from voltpi.driver.structures import prepare_frame, read_structures
 from voltpi.potential.errors import InputError
 
@@ -25,29 +27,49 @@ def describe_run(given: Given) -> Setup:
     """
     from voltpi.driver.build import build_potential
     from voltpi.potential.electrostatics.pqeq import POINT, PQEq
+    from voltpi.potential.model import Potential
 
     overrides = {key: parameter_value(value) for key, value in given.overrides.items()}
     settings = load_settings(given.settings, overrides, origin="<parameters>")
     if given.template is None:
         raise InputError(f"{given.source}: the run's start structure is not known; put it beside as start.xyz")
     atoms = read_structures(given.template)[0]
-    # nothing is evaluated here, so what that would need is left out; carried charges would cost a solution
-    bare: dict[str, Any] = {"short_range": None, "dispersion": None, "device": "cpu"}
-    if settings.charges.model != "fixed":
-        even = (settings.charges.net_charge / len(atoms),) * len(atoms)
-        bare["charges"] = settings.charges.model_copy(update={"carried": even})
-    potential = build_potential(settings.model_copy(update=bare))
-    charges = potential.charges
+    potentiostat = settings.potentiostat
+    if potentiostat is None:
+        plain = settings_at(settings)
+    else:
+        plain, atoms = settings_of(settings, atoms), without_ghost(atoms, settings)
+    # nothing is evaluated here: what that would need is left out
+    unused = {} if settings.has_model else {"short_range": None, "dispersion": None}
+    bare = plain.model_copy(update=unused | {"device": "cpu"})
+    charges = build_potential(bare).charges
     if not isinstance(charges, PQEq):
         raise settings.refusal("charges.model", "profiles need charges and their whole Coulomb sum; this run had none")
-    systems = prepare_frame(atoms, settings.model_copy(update=bare), potential)
+    if charges.carries and settings.charges.model != "fixed":  # the run's own would cost a solution
+        even = (settings.charges.net_charge / len(atoms),) * len(atoms)
+        bare = bare.model_copy(update={"charges": bare.charges.model_copy(update={"carried": even})})
+    systems = prepare_frame(atoms, bare, Potential(charges=charges))
     rows = {name: values.numpy() for name, values in charges.tensors(systems).items()}
     label = np.full(len(atoms), -1) if systems.electrode is None else systems.electrode.numpy()
+    names = [e.name for e in settings.electrodes]
+    moved = () if potentiostat is None else potentiostat.electrodes
     electrodes = tuple(
-        Electrode(e.name, np.flatnonzero(label == k), e.potential, e.charge) for k, e in enumerate(settings.electrodes)
+        Electrode(
+            e.name,
+            np.flatnonzero(label == k),
+            None if isinstance(e.potential, Schedule) else e.potential,
+            None if e.name in moved else e.charge,
+        )
+        for k, e in enumerate(settings.electrodes)
     )
+    target: tuple[int, int, float] | None = None
+    if potentiostat is not None:
+        voltage = np.nan if isinstance(potentiostat.potential, Schedule) else potentiostat.potential
+        target = names.index(moved[0]), names.index(moved[1]), voltage
     free = label < 0
-    axis, boundary = _across(systems.pbc[0].numpy(), charges.finite_field, atoms.get_scaled_positions(wrap=False), label)
+    axis, boundary = _across(
+        systems.pbc[0].numpy(), charges.finite_field, atoms.get_scaled_positions(wrap=False), label
+    )
     return Setup(
         start=atoms,
         axis=axis,
@@ -57,6 +79,7 @@ def describe_run(given: Given) -> Setup:
         shell_charge=rows["Z"],
         chi=rows["chi"],
         hardness=rows["eta"],
+        potentiostat=target,
         responding=bool((rows["free"] & free).any() or rows["Z"][free].any()),
         field=systems.field[0].numpy(),
         k_e=charges.coulomb_constant,

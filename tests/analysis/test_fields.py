@@ -1,4 +1,4 @@
-"""Which field a run had, from what it left in its folder."""
+"""Which field, start structure and temperature a run had, from what it left in its folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from voltpi.analysis.fields import field_of
+from voltpi.analysis.run_inputs import ensemble_temperature, given_to_drivers
 from voltpi.potential.errors import InputError
 
 DIRECT = """<simulation><output prefix='run'/>
@@ -106,3 +107,38 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     direct(tmp_path, "settings: gone.yaml, template: start.xyz, field: from-frame")
     with pytest.raises(InputError, match="give three numbers in V/Å"):
         along_x(tmp_path)
+
+
+def test_start_structure_and_parameters(tmp_path: Path) -> None:
+    settings(tmp_path, 0.1)
+    assert given_to_drivers(tmp_path, [tmp_path / "run.out"])[0].template is None
+    (tmp_path / "start.xyz").touch()
+    assert given_to_drivers(tmp_path, [])[0].template == tmp_path / "start.xyz"
+    (tmp_path / "other.xyz").touch()
+    (tmp_path / "input.xml").write_text(
+        "<simulation><output prefix='run'/><system><initialize><file mode='ase'> other.xyz </file></initialize>"
+        "</system></simulation>"
+    )
+    assert given_to_drivers(tmp_path, [tmp_path / "run.out"])[0].template == tmp_path / "other.xyz"
+    direct(tmp_path, "settings: settings.yaml, template: third.xyz, electrodes.left.potential: 0.5", "direct.xml")
+    given = given_to_drivers(tmp_path, [tmp_path / "run.out"])[0]
+    assert given.template == tmp_path / "third.xyz"
+    assert given.overrides == {"electrodes.left.potential": 0.5}
+    record(tmp_path, voltpi="settings.yaml")
+    assert given_to_drivers(tmp_path, [tmp_path / "run.out"])[0].template == tmp_path / "start.xyz"
+
+
+def test_temperature_of_the_input(tmp_path: Path) -> None:
+    text = (
+        "<simulation><output prefix='{}'/><system><ensemble><temperature units='{}'> {} </temperature></ensemble>"
+        "</system></simulation>"
+    )
+    assert ensemble_temperature(tmp_path, []) is None
+    (tmp_path / "input.xml").write_text(text.format("run", "kelvin", 320))
+    assert ensemble_temperature(tmp_path, [tmp_path / "run.out"]) == pytest.approx(320.0)
+    (tmp_path / "RESTART").write_text(text.format("run", "", 320 * 3.16681e-6))  # hartree, with few digits
+    assert ensemble_temperature(tmp_path, [tmp_path / "run.out"]) == pytest.approx(320.0)
+    (tmp_path / "longer.xml").write_text(text.format("run", "kelvin", 350))
+    assert ensemble_temperature(tmp_path, [tmp_path / "run.out"]) is None
+    (tmp_path / "other.xml").write_text(text.format("other", "kelvin", 500))
+    assert ensemble_temperature(tmp_path, [tmp_path / "other.out"]) == pytest.approx(500.0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ase.io import read
 
-from voltpi.analysis.ipi_files import convert, file_kind, read_extras, read_properties, read_trajectory
+from voltpi.analysis.ipi_files import convert, file_kind, iter_extras, read_extras, read_properties, read_trajectory
 from voltpi.potential.errors import InputError
 
 BOHR = 0.529177210903  # Å, CODATA 2018
@@ -126,3 +126,35 @@ def test_units() -> None:
     # i-PI's table has the bohr to eight digits and the hartree of CODATA 2006
     assert convert(1.0, "length", "atomic_unit", "angstrom") == pytest.approx(BOHR, rel=2e-8)
     assert convert(1.0, "energy", "", "electronvolt") == pytest.approx(HARTREE, rel=2e-7)
+
+
+def test_extras_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "run.shells_0"
+    record = " #EXTRAS(shells)# Step:  {:10d} \n{}\n{}\n"
+    path.write_text(
+        record.format(0, "1 2 3", "4 5 6")
+        + record.format(10, "1 2 4", "4 5")  # killed here, and restarted from the step before
+        + record.format(10, "1 2 5", "4 5 6")
+        + record.format(0, "9 9 9", "9 9 9")
+        + record.format(20, "1 2 6", "4 5 6")
+        + " #EXTRAS(shells)# Step:          30 \n1 2"
+    )
+    read = list(iter_extras(path))
+    assert [step for step, _ in read] == [0, 10, 20]
+    assert [values[0, 2] for _, values in read] == [3, 5, 6]
+    assert read[0][1].shape == (2, 3)
+
+
+def test_extras_one_by_one_are_those_of_the_whole_file(nvt_run: Path) -> None:
+    for name in ("run.charges_0", "run.dipole_0"):
+        whole, one_by_one = read_extras(nvt_run / name), list(iter_extras(nvt_run / name))
+        np.testing.assert_array_equal([step for step, _ in one_by_one], whole.steps)
+        np.testing.assert_array_equal([values for _, values in one_by_one], whole.values)
+
+
+def test_what_is_no_element_is_x(tmp_path: Path) -> None:
+    path = tmp_path / "run.pos_0.xyz"
+    comment = "# CELL(abcABC): 9 9 9 90 90 90 Step: 4 Bead: 0 positions{angstrom} cell{angstrom}"
+    path.write_text(f"2\n{comment}\nAu 1 2 3\nQel 4 5 6\n")
+    (frame,) = read_trajectory(path)
+    assert frame.atoms.numbers.tolist() == [79, 0]

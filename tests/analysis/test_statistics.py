@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy.signal import lfilter
 
-from voltpi.analysis.statistics import autocorrelation_time, block_averages, linear_fit, mean_with_error
+from voltpi.analysis.statistics import (
+    BlockedMean,
+    autocorrelation_time,
+    block_averages,
+    linear_fit,
+    mean_with_error,
+)
 
 
 def ar1(phi: float, n: int, seed: int) -> np.ndarray:
@@ -76,3 +82,29 @@ def test_drift_error_knows_of_correlation() -> None:
 def test_a_line_needs_two_abscissae() -> None:
     with pytest.raises(ValueError, match="two different"):
         linear_fit([1.0, 1.0], [0.0, 1.0])
+
+
+@pytest.mark.parametrize("n", [1, 3, 63, 64, 200, 5000])
+def test_running_blocks(n: int) -> None:
+    x = np.random.default_rng(n).normal(size=(n, 2, 3))
+    running = BlockedMean()
+    for sample in x:
+        running.add(sample)
+    assert running.n == n
+    np.testing.assert_allclose(running.mean, x.mean(axis=0), atol=1e-12)
+    if n == 1:
+        assert np.isnan(running.error).all()
+    if n == 3:
+        np.testing.assert_allclose(running.error, x.std(axis=0, ddof=1) / np.sqrt(3))
+
+
+def test_running_blocks_know_correlations() -> None:
+    scatter, found = [], []
+    for seed in range(100):
+        running = BlockedMean()
+        for value in ar1(0.8, 3000, 100 + seed):
+            running.add(value)
+        scatter.append(float(running.mean))
+        found.append(float(running.error))
+    assert np.mean(found) == pytest.approx(np.std(scatter), rel=0.15)
+    assert np.std(scatter) == pytest.approx(np.sqrt(2 * 4.5 / 3000), rel=0.2)

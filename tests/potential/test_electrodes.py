@@ -1066,7 +1066,7 @@ def test_other_electrodes_than_the_structure_has_are_refused():
         model = replace(case.potential.charges, electrodes=electrodes)
         with pytest.raises(InputError, match=f"2 electrodes but the potential {len(electrodes)}: assign them anew"):
             Potential(charges=model).prepare(case.system)
-    with pytest.raises(InputError, match="electrodes are set but the structure has none assigned"):
+    with pytest.raises(InputError, match="the structure has 0 electrodes but the potential 2"):
         case.potential(case.system.replace(electrode=None, applied=None))
 
 
