@@ -10,8 +10,8 @@ electrolyte of constant charges the second is the capacitance C_empty of the ele
 D. T. Limmer, A. Coretti, S. Bonella, P. A. Madden, M. Salanne, B. Rotenberg, Phys. Chem. Chem. Phys. 22, 10480 (2020);
 L. Scalfi et al., J. Chem. Phys. 153, 174704 (2020). It is computed here from their geometry. Where charges or shells of
 the electrolyte respond, it depends on the nuclei and holds their share, too: it is then the mean of what the driver
-wrote as ``electrode_capacitance`` (e/V), or must be given. Where the charge is a degree of freedom of its own
-(potentiostat), its fluctuations are complete: dQ/dΨ = β⟨δQ²⟩. At constant charge nothing is evaluated.
+wrote as ``electrode_capacitance`` (``output.capacitance``), or must be given. Where the charge is a degree of freedom
+of its own (potentiostat), its fluctuations are complete: dQ/dΨ = β⟨δQ²⟩. At constant charge nothing is evaluated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from scipy import constants
 from voltpi.analysis.capacitor import Setup
 from voltpi.analysis.electrode_series import ElectrodeSeries, electrode_series
 from voltpi.analysis.empty_capacitance import empty_capacitance
-from voltpi.analysis.ipi_files import iter_extras
+from voltpi.analysis.ipi_files import convert, iter_extras
 from voltpi.analysis.run_inputs import ensemble_temperature
 from voltpi.analysis.runs import Run
 from voltpi.analysis.statistics import Mean, mean_with_error, plus_minus
@@ -210,11 +210,16 @@ def _at_fixed_nuclei(run: Run, setup: Setup, given: float | None) -> tuple[float
     written = run.extras.get("electrode_capacitance")
     if written:
         values = [float(np.mean([value for _, value in iter_extras(path)])) for path in written]
-        return float(np.mean(values)), f"the driver's {np.mean(values):.5f} e/V at fixed nuclei"
+        # e²/hartree: the reciprocal converts
+        mean = float(np.mean(values) / convert(np.ones(1), "energy", "atomic_unit", "electronvolt")[0])
+        return mean, f"the driver's {mean:.5f} e/V at fixed nuclei"
     if setup.potentiostat is not None:
         return 0.0, "nothing to add: the potentiostat moves the charge"
     if setup.responding:
-        return None, "the electrolyte responds at fixed nuclei; give that share as --empty (e/V)"
+        return (
+            None,
+            "the electrolyte responds at fixed nuclei; set output.capacitance, or give that share as --empty (e/V)",
+        )
     try:
         value = empty_capacitance(setup, setup.start.positions, np.asarray(setup.start.cell))
     except InputError as error:

@@ -91,7 +91,10 @@ def assign_fragments(
         root, parent = _spanning_trees(n, bonds, allowed)
         own = root
     else:
-        own = labels.cpu().numpy()
+        own = labels.cpu().numpy().copy()
+        if systems.electrode is not None:  # whatever the labels say, an atom of an electrode is on its own
+            metal = (systems.electrode >= 0).cpu().numpy()
+            own[metal] = own.max(initial=0) + 1 + np.arange(metal.sum())
         same = own[bonds[0]] == own[bonds[1]]
         root, parent = _spanning_trees(n, bonds, same)
         first: dict[tuple[int, int], int] = {}

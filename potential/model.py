@@ -132,6 +132,7 @@ class Potential:
         born_charges: bool = False,
         polarizability: bool = False,
         smallest_curvature: bool = False,
+        capacitance: bool = False,
     ) -> Response:
         """Energy and everything that follows from it; ``start`` is an earlier Response of the same atoms (warm start).
 
@@ -164,6 +165,7 @@ class Potential:
             born_charges=born_charges,
             polarizability=polarizability,
             smallest_curvature=smallest_curvature,
+            capacitance=capacitance,
         )
         n, b = systems.n_atoms, systems.n_systems
         charges, shells = forces.new_zeros(n), forces.new_zeros(n, 3)
@@ -190,6 +192,7 @@ class Potential:
             born_charges=None if solved is None else solved.born_charges,
             polarizability=None if solved is None else solved.polarizability,
             smallest_curvature=None if solved is None else solved.smallest_curvature,
+            capacitance=None if solved is None else solved.capacitance,
         )
 
     def _modelled(self, systems: Systems) -> tuple[Systems, Tensor]:

@@ -28,6 +28,7 @@ class Response:
         atoms are from one potential
     born_charges : [n, 3, 3] or None, e, index order atom, dipole direction, displacement direction
     polarizability : [b, 3, 3] or None, Å³
+    capacitance : [b, e, e] or None, e/V, ∂Q_a/∂ψ_b of the electrodes at fixed nuclei
     smallest_curvature : [b] or None, eV/Å², of the shells with the charges relaxed; near 0: close to a polarization
         catastrophe
     """
@@ -45,3 +46,4 @@ class Response:
     born_charges: Tensor | None = None
     polarizability: Tensor | None = None
     smallest_curvature: Tensor | None = None
+    capacitance: Tensor | None = None

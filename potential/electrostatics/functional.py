@@ -187,6 +187,8 @@ class Functional:
         all_feel = model.response == "all" or model.finite_field is not None
         self.shell_coupling = 0.0 if model.response == "frozen" and model.finite_field is None else 1.0
         whole = whole_positions(system)
+        if system.electrode is not None:  # an electrode is where it is, whatever fragments say
+            whole = torch.where((system.electrode >= 0)[:, None], system.positions, whole)
         feel = torch.eye(3, dtype=whole.dtype, device=whole.device).expand(len(whole), 3, 3)
         if not all_feel:
             feel = torch.zeros_like(feel)
@@ -455,6 +457,14 @@ class Functional:
         b = (shells * d).sum(-1)
         c = self.bound**2 - shells.square().sum(-1)
         return self.segments.smallest((-b + (b * b + a * c).clamp(min=0).sqrt()) / a)
+
+    def field_per_volt(self, electrode: int) -> Tensor | None:
+        """∂ε/∂ψ [b, 3] (1/Å) of a finite-field cell."""
+        if self.model.finite_field is None or self.system.applied is None:
+            return None
+        volt = torch.zeros_like(self.system.applied)
+        volt[:, electrode] = 1.0
+        return finite_field(self.system.replace(applied=volt), self.model.finite_field)
 
     def electrode_answers(self, point: Point) -> dict[str, dict[str, Tensor]]:
         """Charge (e), potential (V) and largest residual (V) of every electrode, [b] each.

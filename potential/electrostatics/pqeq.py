@@ -23,12 +23,12 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor
 
-from voltpi.potential.electrostatics import stability
+from voltpi.potential.electrostatics import responses, stability
 from voltpi.potential.electrostatics.block import BlockCache
 from voltpi.potential.electrostatics.elements import ElementParameters, check_parameters, read_parameters
 from voltpi.potential.electrostatics.ewald import KernelCache
 from voltpi.potential.electrostatics.functional import Functional, Point, open_directions
-from voltpi.potential.electrostatics.solver import Solution, linear_solve, minimize
+from voltpi.potential.electrostatics.solver import Solution, minimize
 from voltpi.potential.errors import InputError, NoStablePointError, NotConvergedError
 from voltpi.potential.external.electrodes import Electrode, electrode_rows
 from voltpi.potential.fragments import check_whole, percolating
@@ -61,7 +61,8 @@ class PQEqSolution:
     """Answer for a batch (eV, Å, e); see :class:`voltpi.potential.response.Response` for the meaning of each.
 
     energy [b], terms name -> [b], forces [n, 3], virial [b, 3, 3], charges [n], shells [n, 3], dipole [b, 3], residual
-    [b], iterations [b], born_charges [n, 3, 3], polarizability [b, 3, 3], smallest_curvature [b].
+    [b], iterations [b], born_charges [n, 3, 3], polarizability [b, 3, 3], smallest_curvature [b], electrodes name ->
+    answers [b], capacitance [b, electrodes, electrodes].
     """
 
     energy: Tensor
@@ -77,6 +78,7 @@ class PQEqSolution:
     polarizability: Tensor | None = None
     smallest_curvature: Tensor | None = None
     electrodes: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    capacitance: Tensor | None = None
 
 
 @dataclass
@@ -264,6 +266,7 @@ class PQEq:
         born_charges: bool = False,
         polarizability: bool = False,
         smallest_curvature: bool = False,
+        capacitance: bool = False,
     ) -> PQEqSolution:
         """Charges, shells, energy, forces and virial of a batch, from a first guess (q [n], Δ [n, 3]) if given.
 
@@ -286,7 +289,7 @@ class PQEq:
         virial = coulomb.virial() + functional.field_virial(point)
         born = alpha = None
         if born_charges or polarizability:
-            born, alpha = self._field_response(functional, point, coupled)
+            born, alpha = responses.to_field(functional, point, self.tolerance)
         curvature = None
         if smallest_curvature:
             point.linearize()
@@ -305,6 +308,7 @@ class PQEq:
             polarizability=alpha if polarizability else None,
             smallest_curvature=curvature,
             electrodes=functional.electrode_answers(point),
+            capacitance=responses.to_potentials(functional, point, self.tolerance) if capacitance else None,
         )
 
     def _minimum(self, functional: Functional, guess: tuple[Tensor, Tensor] | None) -> Solution:
@@ -366,40 +370,6 @@ class PQEq:
             f"{self.tolerance:.1e} V); check the structure near {where}, whose shell is "
             f"{reached:.2f} Å from its core, or give it a stiffer spring (larger K)"
         )
-
-    def _field_response(self, functional: Functional, point: Point, coupled: Tensor) -> tuple[Tensor, Tensor]:
-        """Born charges [n, 3, 3] and polarizability [b, 3, 3] (Å³) from H δy = −∂²E/∂y∂ε.
-
-        A mesh keeps the acoustic sum rule, Σ_i Z*_i = Σ_i q̄_i, to its accuracy; what is missing is shared by all atoms.
-        """
-        n, batch = len(coupled), functional.system.batch
-        point.linearize()
-        point.linearize_exactly()
-        born = torch.zeros(n, 3, 3, dtype=torch.float64, device=coupled.device)
-        alpha = torch.zeros(functional.segments.count, 3, 3, dtype=torch.float64, device=coupled.device)
-        for a in range(3):
-            mixed = torch.zeros(n, 4, dtype=torch.float64, device=coupled.device)  # ∂²E/∂y∂ε_a
-            mixed[:, 0] = -functional.lever[:, a] * functional.free
-            mixed[:, 1 + a] = functional.shell_coupling * functional.z
-            answer = linear_solve(point, functional, -mixed, tolerance=0.1 * self.tolerance)
-            if bool(answer.negative_curvature.any()):
-                raise NoStablePointError(
-                    "the response to a field does not exist: charges and shells are at a saddle point (a polarization "
-                    "catastrophe is near); set charges.limiter to fene, or give stiffer parameters (larger K)"
-                )
-            if not bool(answer.converged.all()):
-                raise NotConvergedError(
-                    f"the response to a field did not converge in {int(answer.products.max())} products; check the "
-                    "structure"
-                )
-            dq, dshells = answer.x[:, 0], answer.x[:, 1:]
-            change = point.coulomb.core_gradient_change(answer.x)
-            net = torch.zeros_like(functional.system.field).index_add_(0, batch, change)
-            born[:, a] = (net / torch.bincount(batch)[:, None])[batch] - change
-            born[:, a] += coupled[:, a] + dq[:, None] * functional.pull
-            moved = dq[:, None] * functional.lever - functional.shell_coupling * functional.z[:, None] * dshells
-            alpha[:, :, a] = torch.zeros_like(functional.system.field).index_add_(0, batch, moved)
-        return born, 0.5 * (alpha + alpha.transpose(1, 2)) * self.coulomb_constant
 
 
 def _spring_and_exponent(p: ElementParameters) -> tuple[float, float]:

@@ -392,6 +392,7 @@ class TaperedPQEq:
         born_charges: bool = False,
         polarizability: bool = False,
         smallest_curvature: bool = False,
+        capacitance: bool = False,
     ) -> PQEqSolution:
         """Charges, shells, energy and its exact gradient, for a batch of ``b`` structures.
 
@@ -407,6 +408,7 @@ class TaperedPQEq:
             "born_charges": born_charges,
             "polarizability": polarizability,
             "smallest_curvature": smallest_curvature,
+            "capacitance": capacitance,
         }
         for name, wanted in asked.items():
             if wanted:

@@ -141,11 +141,14 @@ def test_responding_electrolytes_need_their_share(tmp_path: Path) -> None:
     assert s.capacitance is None
     assert any("the electrolyte responds at fixed nuclei" in line for line in s.report())
     (tmp_path / "run" / "run.electrode_capacitance_0").write_text(
-        "".join(f" #EXTRAS(electrode_capacitance)# Step:  {5 * f:10d} \n {0.05 + 0.01 * (f % 2)}\n" for f in range(300))
+        "".join(
+            f" #EXTRAS(electrode_capacitance)# Step:  {5 * f:10d} \n {27.211386 * (0.05 + 0.01 * (f % 2))}\n"
+            for f in range(300)
+        )
     )
     known = summary_of(tmp_path / "run")
     assert known.capacitance is not None
-    assert known.capacitance[0] == pytest.approx(s.fluctuation[0] + 0.055)
+    assert known.capacitance[0] == pytest.approx(s.fluctuation[0] + 0.055, rel=1e-6)
 
 
 def test_a_potentiostat_needs_nothing_added(tmp_path: Path) -> None:

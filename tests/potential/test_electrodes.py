@@ -380,6 +380,46 @@ def test_born_charges_and_polarizability_are_derivatives_of_the_dipole(name):
     assert torch.einsum("nab,a->nb", answer.born_charges, along).numpy() == pytest.approx(forces.numpy(), abs=1e-7)
 
 
+@pytest.mark.parametrize("name", [*RESPONSES, "slab, three electrodes, salt water"])
+def test_capacitance_is_the_derivative_of_the_charges(name):
+    """C_ab = ∂Q_a/∂ψ_b at fixed nuclei."""
+    case = built(name)
+    applied = [k for k, e in enumerate(case.electrodes) if e.control == "potential"]
+    found = case.potential(case.system, capacitance=True).capacitance[0]
+    assert torch.allclose(found, found.T, rtol=0, atol=1e-12)
+    h, points = 2e-3, (-2, -1, 1, 2)
+    weights = tensor([1, -8, 8, -1]) / (12 * h)
+    for k in range(len(case.electrodes)):
+        step = torch.zeros_like(case.system.applied)
+        step[:, k] = h
+        if k not in applied:
+            assert not found[:, k].any()
+            continue
+        answer = case.solve(*(case.system.replace(applied=case.system.applied + m * step) for m in points))
+        for a, electrode in enumerate(case.electrodes):
+            slope = float(weights @ answer.electrodes[electrode.name]["charge"])
+            assert float(found[a, k]) == pytest.approx(slope, rel=1e-7, abs=1e-8)
+
+
+def test_capacitance_needs_a_potential():
+    case = built("slab, field, charge")
+    held = tuple(replace(e, control="charge") for e in case.electrodes)
+    system = case.system.replace(applied=torch.zeros_like(case.system.applied))
+    with pytest.raises(InputError, match=r"output.capacitance needs electrodes at potentials"):
+        replace(case.potential.charges, electrodes=held).solve(system, capacitance=True)
+
+
+def test_labels_that_join_electrodes_do_not_matter():
+    """Atoms of an electrode are no part of a fragment, and stay where they are in a finite-field cell."""
+    case = built("finite field, salt water")
+    bare = case.system.replace(fragments=None, fragment_charges=None, parents=None)
+    labels = case.system.fragments.clone()
+    labels[case.system.electrode >= 0] = int(labels[case.system.electrode < 0][0])
+    initial = tensor([IONS.get(symbol, 0.0) for symbol in case.atoms.symbols])
+    joined = case.potential.prepare(bare, labels=labels, initial_charges=initial)
+    assert torch.allclose(case.potential(joined).charges, case.answer.charges, rtol=0, atol=1e-9)
+
+
 def test_smallest_curvature_is_that_of_the_dense_hessian():
     """Of shells, with charges that follow on the constraint surface."""
     case = Capacitor("water", "finite-field", charges=KEEP, electrodes=(replace(METAL, polarizable=True), METAL))
