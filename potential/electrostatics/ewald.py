@@ -10,7 +10,7 @@ cell is along the third direction), none (a cluster). Clusters up to ``DIRECT_BE
 everything else is particle-mesh Ewald (:mod:`voltpi.potential.electrostatics.mesh`) at a cost that grows like the
 number of atoms, with pairs in real space only where two Gaussians are both too sharp for the mesh. PQEq's Gaussians
 are wide: LiPON, oxides and salts need no real space at all. Splitting, mesh and cutoff follow from the requested
-relative force error and from measured costs (:func:`choose_splitting`).
+relative force error and from measured costs (:mod:`voltpi.potential.electrostatics.splitting`).
 
 Structures of a batch that share cell and boundary (ring-polymer beads) share kernels and transforms.
 """
@@ -18,7 +18,6 @@ Structures of a batch that share cell and boundary (ring-polymer beads) share ke
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +25,16 @@ from ase.geometry import minkowski_reduce
 from torch import Tensor
 
 from voltpi.potential.electrostatics.gaussians import erf_kernel
-from voltpi.potential.electrostatics.mesh import Mesh, MeshBox, Sites, make_sites, mesh_shape
-from voltpi.potential.electrostatics.pairs import SWITCH_WIDTH, Pairs, PairState, RigidPairs, RigidPairState
-from voltpi.potential.electrostatics.window import Resolution, resolutions
+from voltpi.potential.electrostatics.kernel_cache import KernelCache
+from voltpi.potential.electrostatics.mesh import MeshBox, Sites, make_sites, mesh_shape
+from voltpi.potential.electrostatics.pairs import Pairs, PairState, RigidPairs, RigidPairState
+from voltpi.potential.electrostatics.splitting import (
+    COST_PAIR,
+    COST_RIGID_PAIR,
+    Box,
+    box_edges,
+    split_pairs,
+)
 from voltpi.potential.errors import InputError
 from voltpi.potential.neighbors import neighbor_list
 from voltpi.potential.systems import Systems
@@ -37,180 +43,11 @@ __all__ = [
     "DIRECT_BELOW",
     "CoulombOperator",
     "CoulombState",
-    "KernelCache",
-    "LongWaves",
-    "Splitting",
-    "choose_splitting",
+    "MeshSum",
 ]
 
 DIRECT_BELOW = 1000
 """Atoms; a larger cluster is summed on a mesh."""
-
-# measured on one CPU core, ns per application: an atom and a window point, a mesh point (times log2), a pair
-_COST_WINDOW, _COST_MESH, _COST_PAIR, _COST_RIGID_PAIR = 2.0, 0.75, 50.0, 25.0
-# kernels that are kept from call to call: at least so many, and no more numbers than these
-_FEWEST_KERNELS, _CACHED_NUMBERS = 6, 40_000_000
-_SKIN = 0.8  # Å, of lists of pairs that are kept
-
-
-class Splitting(NamedTuple):
-    """β (1/Å; infinite: all on the mesh), real-space cutoff (Å), the window and its spacing (Å)."""
-
-    beta: float
-    cutoff: float
-    window: Resolution
-    spacing: float
-
-
-class _Box(NamedTuple):
-    """Edges (Å, rows) of the periodic directions and the extent of the atoms along the open ones, without tails."""
-
-    cell: Tensor
-    boundary: str
-    extent: tuple[float, float, float]
-
-
-def split_pairs(inverse: Tensor, beta: float) -> Tensor:
-    """[c, c] bool: pairs of widths (1/α, Å²) that are sharper together than the splitting."""
-    return (
-        inverse[:, None] + inverse < 1 / beta**2
-        if math.isfinite(beta)
-        else torch.zeros(len(inverse), len(inverse), dtype=torch.bool)
-    )
-
-
-def choose_splitting(
-    box: _Box,
-    inverse: Tensor,
-    counts: Tensor,
-    accuracy: float,
-    *,
-    mesh_only: bool = False,
-    cost_pair: float = _COST_PAIR,
-) -> Splitting:
-    """The cheapest of all splittings that give the requested relative force error.
-
-    Parameters
-    ----------
-    inverse, counts : [c], 1/α (Å²) of the widths present, and atoms of each
-    mesh_only : no pairs in real space
-    cost_pair : ns per pair
-
-    β is taken from a coarse grid, so that it stays what it is for small strains and for replicas. Where a cell crosses
-    from one β to the next the energy changes by the error of the sum.
-    """
-    decay = math.sqrt(-math.log(0.2 * accuracy))
-    best, splitting = math.inf, None
-    atoms = float(counts.sum())
-    lengths = [float(v) for v in box.cell.norm(dim=1)]
-    density = atoms / float(torch.linalg.det(box.cell).abs())
-    together = inverse[:, None] + inverse
-    for beta in [math.inf] if mesh_only else [math.inf, *(2 ** (j / 4) for j in range(-14, 9))]:
-        split = split_pairs(inverse, beta)
-        if math.isfinite(beta) and not bool(split.any()):
-            continue
-        sharpest = 1 / math.sqrt(float(together.min())) if math.isinf(beta) else beta
-        widest = 1 / math.sqrt(float(together[~split].max())) if not bool(split.all()) else beta
-        merged = split.all(1)
-        channels = int((~merged).sum()) + int(merged.any())
-        cutoff = decay / beta / (1 - 0.5 * SWITCH_WIDTH) if math.isfinite(beta) else 0.0
-        pairs = 0.5 * float((split * counts[:, None] * counts).sum()) / atoms * density * 4.19 * cutoff**3
-        for window in resolutions(accuracy):
-            spacing = window.spacing / sharpest
-            shape = mesh_shape(_edges(box, lengths, decay / min(widest, beta)), spacing)
-            points = math.prod(shape) * channels
-            cost = _COST_WINDOW * atoms * window.support**3 + _COST_MESH * points * math.log2(math.prod(shape))
-            cost += cost_pair * pairs
-            if cost < best:
-                best, splitting = cost, Splitting(beta, cutoff, window, spacing)
-    assert splitting is not None
-    return splitting
-
-
-def _edges(box: _Box, lengths: list[float], tail: float) -> list[float]:
-    """Edges of the mesh box (Å): along open directions, atoms and tails and the room that no image reaches."""
-    if box.boundary == "periodic":
-        return lengths
-    if box.boundary == "slab":
-        return [lengths[0], lengths[1], 2 * (box.extent[2] + tail)]
-    across = math.sqrt(sum(e * e for e in box.extent)) + tail
-    return [e + tail + across for e in box.extent]
-
-
-class _List(NamedTuple):
-    """Pairs [2, p] closer than a cutoff and a skin, with lattice vectors [p, 3] (Å), where they were found."""
-
-    system: Systems
-    index: Tensor
-    offsets: Tensor
-
-
-class KernelCache:
-    """What stays the same from step to step: kernels of the latest boxes, and lists of pairs."""
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[object, ...], Mesh] = {}
-        self._lists: dict[tuple[object, ...], _List] = {}
-        self._splittings: dict[tuple[object, ...], Splitting] = {}
-
-    def splitting(
-        self, box: _Box, inverse: Tensor, counts: Tensor, accuracy: float, *, mesh_only: bool, cost_pair: float
-    ) -> Splitting:
-        """:func:`choose_splitting`, remembered for the latest boxes."""
-        arrays = (box.cell, inverse, counts)
-        key = (*(a.cpu().numpy().tobytes() for a in arrays), *box[1:], accuracy, mesh_only, cost_pair)
-        found = self._splittings.pop(key, None)
-        if found is None:
-            found = choose_splitting(box, inverse, counts, accuracy, mesh_only=mesh_only, cost_pair=cost_pair)
-        self._splittings[key] = found
-        while len(self._splittings) > _FEWEST_KERNELS:
-            del self._splittings[next(iter(self._splittings))]
-        return found
-
-    def pairs(self, system: Systems, cutoff: float, wanted: Tensor, key: tuple[object, ...]) -> tuple[Tensor, Tensor]:
-        """Index [2, p] and offsets [p, 3] of pairs among ``wanted`` [n] (bool), closer than ``cutoff`` (Å).
-
-        Found again where an atom has moved half the skin since, the cell has changed, or ``key`` is new.
-        """
-        key = (*key, system.n_atoms, cutoff)
-        known = self._lists.pop(key, None)
-        if known is None or not _near(known.system, system):
-            found = neighbor_list(system, cutoff + _SKIN, half=True)
-            kept = (wanted[found.index[0]] & wanted[found.index[1]]).nonzero()[:, 0]
-            index, shift = found.index[:, kept].contiguous(), found.shift[kept].to(system.cell.dtype)
-            known = _List(system, index, torch.einsum("pa,pab->pb", shift, system.cell[system.batch[index[0]]]))
-        self._lists[key] = known
-        while len(self._lists) > _FEWEST_KERNELS:
-            del self._lists[next(iter(self._lists))]
-        return known.index, known.offsets
-
-    def __call__(
-        self,
-        box: MeshBox,
-        inverse: Tensor,
-        split: Tensor,
-        beta: float,
-        k_e: float,
-        window: Resolution,
-        dtype: torch.dtype,
-    ) -> Mesh:
-        """The mesh for these arguments of :class:`~voltpi.potential.electrostatics.mesh.Mesh`."""
-        arrays = (box.cell, box.origin, inverse, split)
-        key = (*(a.cpu().numpy().tobytes() for a in arrays), *box[2:], beta, k_e, window, dtype, str(inverse.device))
-        mesh = self._kept.pop(key, None) or Mesh(box, inverse, split, beta, k_e, window, dtype)
-        self._kept[key] = mesh
-        while len(self._kept) > _FEWEST_KERNELS and sum(m.size for m in self._kept.values()) > _CACHED_NUMBERS:
-            del self._kept[next(iter(self._kept))]
-        return mesh
-
-
-def _near(old: Systems, new: Systems) -> bool:
-    """Whether a list of pairs found for ``old`` still holds for ``new``."""
-    if old.positions.shape != new.positions.shape or old.device != new.device:
-        return False
-    if not (torch.equal(old.cell, new.cell) and torch.equal(old.batch, new.batch) and torch.equal(old.pbc, new.pbc)):
-        return False
-    return bool((new.positions - old.positions).square().sum(-1).max() < (0.5 * _SKIN) ** 2)
 
 
 class CoulombOperator:
@@ -242,7 +79,7 @@ class CoulombOperator:
         rough: bool = False,
         many_products: bool = False,
     ) -> None:
-        pair = _COST_PAIR if bool((shell_charge != 0).any()) else _COST_RIGID_PAIR
+        pair = COST_PAIR if bool((shell_charge != 0).any()) else COST_RIGID_PAIR
         self.cost_pair = pair / (system.n_atoms if many_products else 1)
         self.dtype = torch.float32 if rough else torch.float64
         self.mesh_only = rough
@@ -265,7 +102,7 @@ class CoulombOperator:
                 direct.append(b)
             else:
                 groups.setdefault(rows[b].tobytes() if directions else b"%d" % b, []).append(b)
-        self.meshes = [_MeshSum(self, members, accuracy, cache) for members in groups.values()]
+        self.meshes = [MeshSum(self, members, accuracy, cache) for members in groups.values()]
         self._direct = self._direct_pairs(direct, counts) if direct else []
         self._reach = 0.0
         self._pairs: list[Pairs] = []
@@ -308,9 +145,9 @@ class CoulombOperator:
             out[pairs.index[0], pairs.index[1]] = (
                 self.k_e * erf_kernel(pairs.vectors.square().sum(-1), pairs.exponent)[0]
             )
-        for _, pairs in self.rigid:
-            i, j = pairs.index
-            out.index_put_((i, j), self.k_e * pairs.radial()[1], accumulate=True)
+        for _, rigid in self.rigid:
+            i, j = rigid.index
+            out.index_put_((i, j), self.k_e * rigid.radial()[1], accumulate=True)
         out = out + out.T
         for mesh in self.meshes:
             own = -self.k_e * (2 / math.sqrt(math.pi)) * mesh.own_exponent.sqrt()
@@ -332,7 +169,7 @@ class CoulombOperator:
         return CoulombState(self, charges, shells)
 
 
-class _MeshSum:
+class MeshSum:
     """The mesh of structures that share cell and boundary, and their place in the batch."""
 
     def __init__(self, operator: CoulombOperator, members: list[int], accuracy: float, cache: KernelCache) -> None:
@@ -385,11 +222,11 @@ class _MeshSum:
         self.shelled: Tensor | slice = slice(None) if bool(shelled.all()) else shelled.nonzero()[:, 0]
         self._cache = cache
 
-    def _box(self, cell: Tensor, pbc: list[bool]) -> _Box:
+    def _box(self, cell: Tensor, pbc: list[bool]) -> Box:
         rows, directions = cell.cpu().numpy(), [d for d in range(3) if pbc[d]]
         margin = 0.5  # Å, room for shells
         if len(directions) == 3:
-            return _Box(torch.from_numpy(np.array(minkowski_reduce(rows)[0])).to(cell), "periodic", (0.0, 0.0, 0.0))
+            return Box(torch.from_numpy(np.array(minkowski_reduce(rows)[0])).to(cell), "periodic", (0.0, 0.0, 0.0))
         if len(directions) == 2:
             flat = rows[directions]
             normal = np.cross(*flat)
@@ -398,9 +235,9 @@ class _MeshSum:
             normal_t = torch.from_numpy(normal).to(cell)
             height = self._spans((self.positions @ normal_t)[:, None])[0]
             edges = torch.from_numpy(np.stack([full[0], full[1], normal * (height + margin)])).to(cell)
-            return _Box(edges, "slab", (0.0, 0.0, height + margin))
+            return Box(edges, "slab", (0.0, 0.0, height + margin))
         spans = [e + margin for e in self._spans(self.positions)]
-        return _Box(
+        return Box(
             torch.diag(torch.tensor(spans, dtype=torch.float64)).to(cell), "open", (spans[0], spans[1], spans[2])
         )
 
@@ -412,12 +249,12 @@ class _MeshSum:
             out = torch.maximum(out, own.amax(0) - own.amin(0))
         return [float(v) for v in out]
 
-    def _mesh_box(self, box: _Box, accuracy: float, spacing: float) -> MeshBox:
+    def _mesh_box(self, box: Box, accuracy: float, spacing: float) -> MeshBox:
         s = self.splitting
         decay = math.sqrt(-math.log(0.2 * accuracy))
         together = (self.inverse[:, None] + self.inverse)[~self.split]
         widest = min(1 / math.sqrt(float(together.max())) if len(together) else math.inf, s.beta)
-        edges = _edges(box, [float(v) for v in box.cell.norm(dim=1)], decay / widest)
+        edges = box_edges(box, [float(v) for v in box.cell.norm(dim=1)], decay / widest)
         shape = mesh_shape(edges, spacing)
         directions = box.cell / box.cell.norm(dim=1, keepdim=True)
         origin = torch.zeros(3, dtype=torch.float64, device=box.cell.device)
@@ -522,75 +359,10 @@ class _MeshSum:
         return felt[self.replica, self.kind]
 
 
-class LongWaves:
-    """What a uniform medium does to long waves of charge: the slow part of equilibration, for a preconditioner.
-
-    With B the inverse hardness of charges and shells on the constraint surface and G the Coulomb interaction,
-    smeared by ``_SMEAR``, (B⁻¹ + G)⁻¹ = B − B (G⁻¹ + B)⁻¹ B; in the middle B is replaced by its mean, a number for
-    every wave, so that it is a product in Fourier space. The mean is that of the space which atoms fill, and a
-    little too large: where atoms are spread unevenly B falls short of it by some N^-½, and what is subtracted must
-    stay less than B. LiPON, cold: the same number of products for 2160 and 17280 atoms; without this twice as many
-    and growing, since the largest eigenvalue of the Hessian grows like the square of the cell.
-    """
-
-    _SMEAR = 0.35  # 1/Å
-    _WINDOW = Resolution(4, 2.4, 0.5)
-    _MARGIN = 0.7
-    _LEAST_MARGIN = 0.007  # copies of a small cell do not even out
-    _EVEN = 1.1  # a mean of the local over the average density up to which a structure counts as filling its box
-
-    def __init__(self, mesh: _MeshSum, inverse_hardness: Tensor, inverse_stiffness: Tensor, cache: KernelCache) -> None:
-        self.sum = mesh
-        box = mesh.coarse_box(self._WINDOW.spacing / self._SMEAR)
-        width = torch.full((1,), 0.5 / self._SMEAR**2, dtype=torch.float64, device=mesh.inverse.device)
-        whole = torch.zeros(1, 1, dtype=torch.bool, device=width.device)
-        self.mesh = cache(box, width, whole, math.inf, mesh.operator.k_e, self._WINDOW, torch.float32)
-        self.sites = make_sites(self.mesh.points(mesh.positions), mesh.replica, box.shape, self._WINDOW, torch.float32)
-        self.shell_charge = mesh.operator.shell_charge[mesh.atoms]
-        atoms, replicas = len(mesh.atoms), len(mesh.members)
-        margin = 1 + max(self._MARGIN / math.sqrt(atoms / replicas), self._LEAST_MARGIN)
-        b = inverse_hardness[mesh.atoms]
-        k2 = self.mesh.wave_vectors().square().sum(-1)
-        polarizable = self.shell_charge.square() * inverse_stiffness[mesh.atoms]
-        mean = self._dense(b) + k2 * self._dense(polarizable)
-        mean = (margin / replicas) * mean
-        smooth = self.mesh.form[0].square()
-        self.filter = self.mesh.weight * smooth / (1 + self.mesh.bare * smooth * mean.to(torch.float32))
-        self.filter[0] = 0
-
-    def _dense(self, weights: Tensor) -> Tensor:
-        """Sum of weights [n]; beside a vacuum, what it would be were the whole box as dense as the densest place."""
-        grid = self._empty()
-        self.sites.spread(weights.to(torch.float32).contiguous(), grid)
-        average = grid.mean((1, 2, 3))
-        density = self._gathered(grid, self.mesh.form[0])[:, 0]
-        relative = density / (average[self.sum.replica] * self.sites.gather(grid.fill_(1.0)))
-        uneven = float((relative * weights).sum() / weights.sum()) > self._EVEN if bool(weights.any()) else False
-        return weights.sum() * relative.max() if uneven else weights.sum()
-
-    def _empty(self) -> Tensor:
-        return self.mesh.grid(len(self.sum.members))
-
-    def _gathered(self, grid: Tensor, factors: Tensor) -> Tensor:
-        """Values and gradients [n, 4] at the atoms of a grid, whose waves are multiplied by ``factors``."""
-        n1, n2, n3 = self.mesh.box.shape
-        waves = torch.fft.rfftn(grid, dim=(1, 2, 3)).reshape(len(grid), -1)
-        return self.sites.gather_gradient(self.mesh.back((factors * waves).reshape(-1, n1, n2, n3 // 2 + 1)))
-
-    def __call__(self, direction: Tensor) -> tuple[Tensor, Tensor]:
-        """(G⁻¹ + B)⁻¹ of charges and shell displacements [n, 4]: at their atoms, ([n], [n, 3])."""
-        grid = self._empty()
-        self.sites.spread(direction[:, 0].to(torch.float32).contiguous(), grid)
-        moved = (self.shell_charge[:, None] * direction[:, 1:]) @ self.mesh.to_mesh
-        self.sites.spread_dipoles(moved.to(torch.float32), grid)
-        felt = self._gathered(grid, self.filter)
-        return felt[:, 0], self.shell_charge[:, None] * (felt[:, 1:] @ self.mesh.to_mesh.T)
-
-
 class _MeshState:
     """What the mesh adds at given charges and shells."""
 
-    def __init__(self, mesh: _MeshSum, site_charges: Tensor, shells: Tensor) -> None:
+    def __init__(self, mesh: MeshSum, site_charges: Tensor, shells: Tensor) -> None:
         self.sum, self.mesh = mesh, mesh.mesh
         self.shells = shells[mesh.atoms]
         self.charges = site_charges[:, mesh.atoms]

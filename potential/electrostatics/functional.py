@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from voltpi.potential.electrostatics.block import ElectrodeBlock
-from voltpi.potential.electrostatics.ewald import CoulombOperator, CoulombState, LongWaves
+from voltpi.potential.electrostatics.ewald import CoulombOperator, CoulombState
+from voltpi.potential.electrostatics.long_waves import LongWaves
 from voltpi.potential.electrostatics.solver import Segments
 from voltpi.potential.errors import InputError
 from voltpi.potential.fragments import whole_positions

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -287,6 +287,10 @@ class _Table(NamedTuple):
     cutoff: float
 
 
+def _first_radial(u: Tensor, exponent: float, beta: float, cutoff: float) -> Tensor:
+    return _radial(u, torch.full_like(u, exponent), beta, cutoff)[0]
+
+
 @lru_cache(maxsize=16)
 def _table(exponents: tuple[float, ...], beta: float, cutoff: float) -> _Table:
     """B₀ of every exponent as polynomials of 8 terms in u = r² from an interval's middle (Å²), without k_e.
@@ -303,9 +307,7 @@ def _table(exponents: tuple[float, ...], beta: float, cutoff: float) -> _Table:
     steps = ends / counts
     fine = np.zeros((len(exponents), max(counts), _NODES))
     for k, (a, count) in enumerate(zip(exponents, counts, strict=True)):
-        fine[k, :count] = _polynomials(
-            lambda u, a=a: _radial(u, torch.full_like(u, a), beta, cutoff)[0], count, steps[k]
-        )
+        fine[k, :count] = _polynomials(partial(_first_radial, exponent=a, beta=beta, cutoff=cutoff), count, steps[k])
     count = _INTERVALS * math.ceil(end * beta**2 / (_FINEST * _INTERVALS))
     switch = ((1 - SWITCH_WIDTH) ** 2 * end, end)
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from voltpi.potential.electrostatics import responses, stability
 from voltpi.potential.electrostatics.block import BlockCache
 from voltpi.potential.electrostatics.elements import ElementParameters, check_parameters, read_parameters
-from voltpi.potential.electrostatics.ewald import KernelCache
 from voltpi.potential.electrostatics.functional import Functional, Point, open_directions
+from voltpi.potential.electrostatics.kernel_cache import KernelCache
 from voltpi.potential.electrostatics.solver import Solution, minimize
 from voltpi.potential.errors import InputError, NoStablePointError, NotConvergedError
 from voltpi.potential.external.electrodes import Electrode, electrode_rows

@@ -10,10 +10,12 @@ import torch
 from scipy.integrate import quad
 from scipy.special import iv
 
-from voltpi.potential.electrostatics import ewald
-from voltpi.potential.electrostatics.ewald import CoulombOperator, KernelCache
+from voltpi.potential.electrostatics import ewald, kernel_cache
+from voltpi.potential.electrostatics.ewald import CoulombOperator
+from voltpi.potential.electrostatics.kernel_cache import KernelCache
 from voltpi.potential.electrostatics.mesh import CompiledSites, Mesh, MeshBox, TorchSites
 from voltpi.potential.electrostatics.pairs import Pairs, PairState
+from voltpi.potential.electrostatics.splitting import Splitting
 from voltpi.potential.electrostatics.window import Resolution, Window, resolutions
 from voltpi.potential.systems import Systems
 
@@ -553,8 +555,8 @@ def test_both_kinds_of_sites_make_the_same_operator(monkeypatch, kind, beta):
     shells = 0.05 * torch.randn(n, 3, generator=generator, dtype=torch.float64)
     direction = torch.randn(n, 4, generator=generator, dtype=torch.float64)
     alpha = torch.tensor([0.6, 3.0, 3.0] * (n // 3), dtype=torch.float64)
-    chosen = ewald.Splitting(beta, 6.0, Resolution(10, 2.2, 0.3), 0.4)
-    monkeypatch.setattr(ewald, "choose_splitting", lambda *_, **__: chosen)
+    chosen = Splitting(beta, 6.0, Resolution(10, 2.2, 0.3), 0.4)
+    monkeypatch.setattr(kernel_cache, "choose_splitting", lambda *_, **__: chosen)
 
     def answers():
         shell_charge = -torch.ones(n, dtype=torch.float64)

@@ -14,7 +14,7 @@ from ase import Atoms
 from ase.build import bulk
 from ase.spacegroup import crystal
 
-from voltpi.potential.electrostatics import ewald, solver
+from voltpi.potential.electrostatics import ewald, kernel_cache, solver
 from voltpi.potential.electrostatics.functional import Functional
 from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT, PQEq, read_parameters
 from voltpi.potential.electrostatics.solver import Segments, conjugate_gradients, linear_solve, minimize
@@ -771,7 +771,7 @@ def test_kernels_of_a_batch_of_different_cells_are_kept(monkeypatch):
         frames[-1].set_cell(frames[-1].cell.array * (1 + 0.03 * k), scale_atoms=True)
     system, model = Systems.from_atoms(frames), PQEq()
     first = model.solve(system)
-    monkeypatch.setattr(ewald, "Mesh", None)  # nothing may be built again
+    monkeypatch.setattr(kernel_cache, "Mesh", None)  # nothing may be built again
     assert model.solve(system).energy.tolist() == first.energy.tolist()
 
 
