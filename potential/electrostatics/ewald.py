@@ -61,7 +61,7 @@ class CoulombOperator:
     accuracy : relative force error of a sum that is not direct
     k_e : Coulomb constant, eV Å/e²
     cache : kernels to use again
-    rough : no pairs in real space and float32 on the mesh, for second derivatives that only steer a solver
+    rough : float32 on the mesh, and with shells no pairs in real space, for second derivatives that only steer a solver
     many_products : for a matrix: pairs are summed once and the mesh once for every atom
 
     Raises InputError for a structure that is periodic in one direction only.
@@ -79,10 +79,11 @@ class CoulombOperator:
         rough: bool = False,
         many_products: bool = False,
     ) -> None:
-        pair = COST_PAIR if bool((shell_charge != 0).any()) else COST_RIGID_PAIR
+        shelled = bool((shell_charge != 0).any())
+        pair = COST_PAIR if shelled else COST_RIGID_PAIR
         self.cost_pair = pair / (system.n_atoms if many_products else 1)
         self.dtype = torch.float32 if rough else torch.float64
-        self.mesh_only = rough
+        self.mesh_only = rough and shelled  # pairs are cheap without shells, and spare metals a fine mesh
         self.system = system
         self.alpha = alpha
         self.shell_charge = shell_charge
