@@ -81,31 +81,34 @@ def _unavailable(s: Settings) -> Iterator[tuple[str, str]]:
         yield no("charges.model", s.charges.model, "pqeq, qeq, fixed or none")
     if s.displacement is not None and any(d is not None for d in s.displacement):
         yield no("displacement", "a constant D", "field (V/Å)")
-    if s.coulomb.method == "taper":
-        yield from _not_tapered(s)
+    if s.coulomb.method == "taper" and not s.has_model:
+        yield from _not_tapered(s, "coulomb.method: auto")
 
 
-def _not_tapered(s: Settings) -> Iterator[tuple[str, str]]:
-    """Pairs (key, sentence) for settings that the tapered sum with its fixed number of iterations does not have."""
+def _not_tapered(s: Settings, instead: str) -> Iterator[tuple[str, str]]:
+    """Pairs (key, sentence) for settings that the tapered sum with its fixed number of iterations does not have.
+
+    ``instead`` names what has them.
+    """
     given = s.given()
-    for key, instead in (
+    for key, there in (
         ("charges.limiter", "coulomb.taper.clamp bounds the shells"),
         ("charges.shell_limit", "coulomb.taper.clamp bounds the shells"),
         ("coulomb.accuracy", "coulomb.taper.cutoff ends the sum"),
     ):
         if key in given:
-            yield key, f"{key} has no meaning with coulomb.method: taper, where {instead}; remove one of the two"
+            yield key, f"{key} has no meaning with coulomb.method: taper, where {there}; remove one of the two"
     if s.charges.conserve != "total":
         yield (
             "charges.conserve",
             f"charges.conserve: {s.charges.conserve} is not available with coulomb.method: taper; use total, or "
-            "coulomb.method: auto",
+            f"{instead}",
         )
-    for key in ("born_charges", "polarizability", "smallest_curvature"):
+    for key in ("born_charges", "polarizability", "smallest_curvature", "capacitance"):
         if getattr(s.output, key):
             yield (
                 f"output.{key}",
-                f"output.{key} needs stationary charges, which coulomb.method: taper stops short of; use auto",
+                f"output.{key} needs stationary charges, which coulomb.method: taper stops short of; use {instead}",
             )
 
 
@@ -258,6 +261,7 @@ def _from_checkpoint(settings: Settings, device: str) -> Potential:
     """A trained model with the settings that may differ from run to run; what would change its physics is refused."""
     from voltpi.potential.checkpoints import load_potential
     from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT
+    from voltpi.potential.electrostatics.taper import TaperedPQEq
 
     walls = _short_range(settings)
     try:
@@ -284,7 +288,23 @@ def _from_checkpoint(settings: Settings, device: str) -> Potential:
         raise contradiction("charges.carried", "charges.response: all, where every charge feels the field")
     if given.get("charges.parameters", "default") != "default":
         raise contradiction("charges.parameters", "its own parameters")
-    if given.get("coulomb.method") == "taper":
+    if isinstance(charges, TaperedPQEq):
+        if given.get("coulomb.method", "taper") != "taper":
+            raise contradiction("coulomb.method", "coulomb.method: taper")
+        for key in ("cutoff", "iterations", "clamp", "cut"):
+            if given.get(f"coulomb.taper.{key}", getattr(charges, key)) != getattr(charges, key):
+                raise contradiction(f"coulomb.taper.{key}", getattr(charges, key))
+        for key, sentence in _not_tapered(
+            settings, "a model with the whole Coulomb sum (import-reaxnet --charges pqeq)"
+        ):
+            raise settings.refusal(key, f"model {_name(settings)} is tapered: {sentence}")
+        if settings.electrodes:
+            raise settings.refusal(
+                "electrodes",
+                f"electrodes need the whole Coulomb sum but that of model {_name(settings)} is tapered; remove the "
+                "electrodes, or import the model with --charges pqeq",
+            )
+    elif given.get("coulomb.method") == "taper":
         raise contradiction("coulomb.method", "the whole Coulomb sum")
     if "charges.model" in given and given["charges.model"] != _charge_model(charges):
         raise contradiction("charges.model", _charge_model(charges))
@@ -298,7 +318,7 @@ def _from_checkpoint(settings: Settings, device: str) -> Potential:
         trained = getattr(potential.dispersion, key, "no dispersion")
         if given.get(f"dispersion.{key}", trained) != trained:
             raise contradiction(f"dispersion.{key}", trained)
-    if charges is not None:
+    if charges is not None and not isinstance(charges, TaperedPQEq):
         accuracy = settings.coulomb.accuracy if "coulomb.accuracy" in given else charges.accuracy
         tolerance = _TOLERANCE.get(settings.precision, charges.tolerance)
         potential.charges = dataclasses.replace(

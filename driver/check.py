@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from ase import Atoms
 
+from voltpi.driver.schedule import refusals as schedule_refusals
+from voltpi.driver.schedule import settings_at
 from voltpi.driver.settings import Settings, load_settings
 from voltpi.potential.errors import InputError, VoltPIError
 
 if TYPE_CHECKING:
     from voltpi.driver.ipi_input import DirectForceField, RunInput, SocketForceField
+    from voltpi.driver.potentiostat import Potentiostat
     from voltpi.potential.response import Response
     from voltpi.potential.systems import Systems
 
@@ -97,11 +100,16 @@ def _check_start(settings: Settings, start: Path) -> Iterator[Finding]:
     yield from _evaluates(settings, atoms, str(start))
 
 
-def _evaluates(settings: Settings, atoms: Atoms, name: str) -> Iterator[Finding]:
+def _evaluates(settings: Settings, atoms: Atoms, name: str, plan: RunInput | None = None) -> Iterator[Finding]:
     """Whether the potential of these settings gives finite, sensible numbers for the structure, and its electrodes."""
     from voltpi.driver.evaluator import Evaluator
+    from voltpi.driver.potentiostat import Potentiostat, settings_of, without_ghost
 
+    settings = settings_at(settings)
     try:
+        if settings.potentiostat is not None:
+            yield from _ghost(Potentiostat(settings, atoms), settings, atoms, name, plan)
+            atoms, settings = without_ghost(atoms, settings), settings_of(settings, atoms)
         evaluator = Evaluator.from_settings(settings, atoms)
         response = evaluator.evaluate_systems(np.asarray(atoms.cell)[None], atoms.get_positions()[None])
     except VoltPIError as error:
@@ -127,6 +135,21 @@ def _evaluates(settings: Settings, atoms: Atoms, name: str) -> Iterator[Finding]
         )
     if response.electrodes:
         yield from _electrodes(evaluator.prepared, settings, response, name)
+
+
+def _ghost(
+    potentiostat: Potentiostat, settings: Settings, atoms: Atoms, name: str, plan: RunInput | None
+) -> Iterator[Finding]:
+    """How fast the charge of a potentiostat moves in this run."""
+    from voltpi.driver.potentiostat import describe_ghost
+
+    capacitance = potentiostat.capacitance(np.asarray(atoms.cell), atoms.positions)
+    mass = None if plan is None else plan.mass(len(atoms) - 1)
+    if plan is None or mass is None:
+        yield Finding(True, f"{name}: the capacitance at the start, with all atoms held, is {capacitance:.5g} e/V")
+        return
+    ok, sentence = describe_ghost(plan, settings, capacitance, mass)
+    yield Finding(ok, f"{name}: {sentence}")
 
 
 def _electrodes(systems: Systems, settings: Settings, response: Response, name: str) -> Iterator[Finding]:
@@ -271,14 +294,20 @@ def _evaluates_in_a_run(
     plan: RunInput, ff: SocketForceField | DirectForceField, settings: Settings, atoms: Atoms, name: str
 ) -> Iterator[Finding]:
     yield from (Finding(False, f"{name}: {sentence}") for sentence in _against(plan, ff, settings, atoms))
-    yield from _evaluates(settings, atoms, name)
+    yield from _evaluates(settings, atoms, name, plan)
 
 
 def _against(
     plan: RunInput, ff: SocketForceField | DirectForceField, settings: Settings, atoms: Atoms
 ) -> Iterator[str]:
-    """What i-PI would do with this structure that its boundary, or its field, does not allow."""
+    """What i-PI would do with this structure that its boundary, field or electrodes do not allow."""
     from voltpi.driver.structures import periodic_directions, refuse_ipis_cell
+
+    yield from schedule_refusals(plan, ff, settings)
+    if settings.potentiostat is not None:
+        from voltpi.driver.potentiostat import refusals as potentiostat_refusals
+
+        yield from potentiostat_refusals(plan, ff, settings, atoms)
 
     pbc = periodic_directions(atoms, settings)
     letters = [("abc"[d], d) for d in range(3) if not pbc[d]]
@@ -322,16 +351,15 @@ def refuse_starts(plan: RunInput, settings: Mapping[str, Path]) -> None:
         assert plan.template is not None
         return load_settings(settings[ff.name]), read_structures(plan.template)[0]
 
-    if plan.is_checkpoint:
-        return
-    readers: list[tuple[SocketForceField | DirectForceField, str, Callable[[], tuple[Settings, Atoms]]]] = [
-        (ff, f"<ffsocket name='{ff.name}'>", partial(of_socket, ff)) for ff in plan.sockets
-    ]
+    readers: list[tuple[SocketForceField | DirectForceField, str, Callable[[], tuple[Settings, Atoms]]]] = []
+    if not plan.is_checkpoint:
+        readers += [(ff, f"<ffsocket name='{ff.name}'>", partial(of_socket, ff)) for ff in plan.sockets]
     readers += [(d, f"<ffdirect name='{d.name}'>", partial(_parts_of, plan, d)) for d in plan.direct if d.ours]
     for ff, name, read in readers:
         try:
             own, atoms = read()
         except InputError:
             continue
-        for sentence in _against(plan, ff, own, atoms):
+        # what else there is to say about a checkpoint was said about its input
+        for sentence in schedule_refusals(plan, ff, own) if plan.is_checkpoint else _against(plan, ff, own, atoms):
             raise InputError(f"{plan.path.name}, {name}: {sentence}")

@@ -82,6 +82,35 @@ def models() -> int:
     return 0
 
 
+@app.command("import-reaxnet")
+def import_reaxnet(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="params.pickle, model_config.yaml and mapping.yaml of a checkpoint.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The model file (default: DIR's name.safetensors).")
+    ] = None,
+    charges: Annotated[
+        str, typer.Option("--charges", help="taper (as published), pqeq (whole Coulomb sum, stationary) or none.")
+    ] = "taper",
+    dispersion: Annotated[str, typer.Option("--dispersion", help="d3 (as published) or none.")] = "d3",
+    inference_sign: Annotated[
+        bool, typer.Option("--inference-sign", help="Edge vectors of the inference notebook, not of the training.")
+    ] = False,
+) -> int:
+    """Turn a published ReaxNet checkpoint into a model file."""
+    target = out or Path(f"{folder.expanduser().resolve().name}.safetensors")
+    if target.exists():
+        raise InputError(f"{target} exists already; remove it, or give another file with --out")
+    from voltpi.potential.checkpoints import save_potential
+    from voltpi.potential.reaxnet import import_reaxnet as import_
+
+    potential, card = import_(folder, charges=charges, dispersion=dispersion, inference_sign=inference_sign)
+    save_potential(target, potential, card)
+    print(f"{target} is ready: {card['summary']}, for {', '.join(card['elements'])}; use it as model: {target}")
+    return 0
+
+
 @app.command("check")
 def check(
     file: Annotated[Path, typer.Argument(metavar="INPUT.xml|S.yaml", help="An i-PI input or a settings file.")],
@@ -168,10 +197,10 @@ def drive(
 
     address = UnixAddress(unix, socket_prefix) if unix is not None else TcpAddress(host or "localhost", port or 0)
     atoms = read_structures(start)[0]
-    from voltpi.driver.evaluator import Evaluator
+    from voltpi.driver.potentiostat import run_evaluator
 
     try:
-        evaluator = Evaluator.from_settings(tree, atoms)
+        evaluator = run_evaluator(tree, atoms)
     except VoltPIError as error:
         raise type(error)(f"{start}: {error}") from None
     return serve(evaluator, address, wait=wait, reconnects=reconnects, use_shared_memory=shared_memory)
@@ -189,6 +218,38 @@ def run(
     from voltpi.driver.launch import run as launch
 
     return launch(file, drivers=drivers, settings=settings, template=template, quiet=quiet)
+
+
+@app.command("train")
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Data, network and how to train.")],
+    assignments: SetOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only what went wrong.")] = False,
+) -> int:
+    """Train a model on labelled structures, or go on with a training that was stopped."""
+    from voltpi.driver.train import train as trained
+
+    trained(config, assignments or (), quiet=quiet)
+    return 0
+
+
+@app.command("finetune")
+def finetune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A shipped model's name or a model file.")],
+    data: Annotated[list[Path], typer.Argument(metavar="DATA...", help="Extended XYZ files or ASE databases.")],
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option("--freeze", metavar="PATTERN", help="Parameters that stay, such as convolutions.0; repeatable."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder (default: MODEL-finetuned).")] = None,
+    assignments: SetOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only what went wrong.")] = False,
+) -> int:
+    """Train a model further on other data; the same command goes on where it was stopped."""
+    from voltpi.driver.train import finetune as tuned
+
+    tuned(model, data, frozen=freeze or (), out=out, overrides=assignments or (), quiet=quiet)
+    return 0
 
 
 @app.command(

@@ -27,7 +27,11 @@ _REPORT_SECONDS = 60.0
 
 
 class EvaluatorLike(Protocol):
-    """What a driver needs of an evaluator; atomic units throughout (see ``voltpi.driver.evaluator.Evaluator``)."""
+    """What a driver needs of an evaluator; atomic units throughout (see ``voltpi.driver.evaluator.Evaluator``).
+
+    One to which it matters how many structures there are, because it counts steps or averages over beads, says so with
+    a true ``counts_structures``.
+    """
 
     @property
     def n_atoms(self) -> int: ...
@@ -125,7 +129,7 @@ def connect(address: Address, wait: float = 60.0) -> socket.socket:
 
 
 def evaluate_batch(evaluator: EvaluatorLike, structures: Structures) -> list[ResultLike]:
-    """Evaluates a batch, its padding only once; one result for every structure.
+    """Evaluates a batch, its padding only once (unless structures are counted); one result for every structure.
 
     Replica numbers are places in the batch. Over sockets these follow i-PI's queue and not always the same bead, which
     is enough for their use: the image of an atom nearest to a neighbouring bead.
@@ -144,9 +148,23 @@ def evaluate_batch(evaluator: EvaluatorLike, structures: Structures) -> list[Res
             "i-PI sent positions or a cell that are not finite: the run has exploded before this step; "
             "start again from an earlier checkpoint with a shorter <timestep>"
         )
-    real = real_structures(structures)
+    real = len(positions) if _counts(evaluator) else real_structures(structures)
     results = list(evaluator.evaluate(cells[:real], positions[:real], list(range(real))))
     return results + results[-1:] * (len(positions) - real)
+
+
+def _counts(evaluator: EvaluatorLike) -> bool:
+    return bool(getattr(evaluator, "counts_structures", False))
+
+
+def refuse_filled_batches(evaluator: EvaluatorLike, batch_size: int) -> None:
+    """Raises VoltPIError for batches over a socket, which may hold copies, where the evaluator counts structures."""
+    if batch_size > 1 and _counts(evaluator):
+        raise VoltPIError(
+            f"i-PI sends batches of {batch_size}, which it fills up with copies over sockets, but potentials that "
+            "change with time and charges that beads share need each structure once: use <batch_size>1</batch_size>, "
+            "or <ffdirect>"
+        )
 
 
 def _print(sentence: str) -> None:
@@ -200,8 +218,13 @@ def serve(
 
     Returns 0 after i-PI's EXIT; 1 when nobody listens, i-PI goes away, an evaluation fails or is not finite, or after
     Ctrl-C.
-    Raises InputError for an address that cannot be.
+    Raises InputError for an address that cannot be, and for reconnects where the evaluator counts structures.
     """
+    if reconnects and _counts(evaluator):
+        raise InputError(
+            "with potentials that change with time, or a charge that beads share, a driver that connects again would "
+            "have lost count; leave --reconnects at 0 and continue from RESTART"
+        )
     if use_shared_memory and not isinstance(address, UnixAddress):
         raise InputError("shared memory needs a unix socket on the same machine: give --unix NAME with --shm")
     log = _Log(report)
@@ -235,6 +258,7 @@ def _serve_once(
     log.report(f"connected to {address}")
     try:
         while (structures := wire.receive()) is not None:
+            refuse_filled_batches(evaluator, wire.batch_size)
             began = time.monotonic()
             if not _answer(evaluator, wire, structures):
                 break

@@ -64,6 +64,10 @@ class Evaluator:
     """
 
     def __init__(self, potential: Potential, template: Atoms, settings: Settings) -> None:
+        for key in ["potentiostat"] * (settings.potentiostat is not None) + settings.scheduled:
+            raise settings.refusal(
+                key, f"{key} is for a run in i-PI; for single structures give the electrodes numbers"
+            )
         self.potential = potential
         self.settings = settings
         self.prepared: Systems = prepare_frame(template, settings, potential)
@@ -90,7 +94,13 @@ class Evaluator:
         """Atoms of the template."""
         return len(self._numbers)
 
-    def evaluate(self, cells: Array, positions: Array, replicas: Sequence[int] | None = None) -> list[Result]:
+    def evaluate(
+        self,
+        cells: Array,
+        positions: Array,
+        replicas: Sequence[int] | None = None,
+        applied: Array | None = None,
+    ) -> list[Result]:
         """Energy, forces, virial and extras of ``b`` structures as i-PI sends them.
 
         Parameters
@@ -98,6 +108,7 @@ class Evaluator:
         cells : [b, 3, 3] bohr, i-PI's matrix h (lattice vectors are columns), ignored along open directions
         positions : [b, n, 3] bohr
         replicas : b names of replicas, for continuous positions; None: the place in the batch
+        applied : [b, electrodes] V or e, what each electrode is held at; None: as in the settings
 
         Raises InputError when the number of atoms differs from the template's, VoltPIError for positions or an answer
         that are not finite, and what the potential raises.
@@ -115,7 +126,7 @@ class Evaluator:
         if not self._oriented:
             refuse_turned(self._cell, rows[0], self._pbc)
             self._oriented = True
-        response = self.evaluate_systems(rows, positions * BOHR, replicas)
+        response = self.evaluate_systems(rows, positions * BOHR, replicas, applied=applied)
         return self._results(response, b)
 
     def evaluate_systems(
@@ -124,10 +135,12 @@ class Evaluator:
         positions: Array,
         replicas: Sequence[Hashable] | None = None,
         fields: Array | None = None,
+        applied: Array | None = None,
     ) -> Response:
         """The same in the potential's units: cells [b, 3, 3] (Å, rows), positions [b, n, 3] (Å), fields [b, 3] (V/Å).
 
-        Without ``fields`` the template's field acts. Raises as ``evaluate`` does.
+        Without ``fields`` the template's field acts, and without ``applied`` the settings' potentials and charges.
+        Raises as ``evaluate`` does.
         """
         b = len(positions)
         keys: Sequence[Hashable] = range(b) if replicas is None else replicas
@@ -139,6 +152,8 @@ class Evaluator:
             changes = {"positions": self._tensor(r), "cell": self._tensor(cell[None])}
             if fields is not None:
                 changes["field"] = self._tensor(fields[i : i + 1])
+            if applied is not None:
+                changes["applied"] = self._tensor(applied[i : i + 1])
             parts.append(self.prepared.replace(**changes))
         systems = parts[0] if b == 1 else Systems.join(parts)
         charges = self.potential.charges
@@ -151,6 +166,7 @@ class Evaluator:
             born_charges=output.born_charges,
             polarizability=output.polarizability,
             smallest_curvature=output.smallest_curvature,
+            capacitance=output.capacitance,
         )
         self._remember(systems, response)
         return response
@@ -228,6 +244,8 @@ class Evaluator:
             columns["BEC"] = _numpy(response.born_charges.transpose(1, 2)).reshape(b, -1, 3)
         if response.polarizability is not None:
             columns["polarizability"] = _numpy(response.polarizability) / BOHR**3
+        if response.capacitance is not None:  # of two electrodes: charge that a volt between them moves
+            columns["electrode_capacitance"] = _numpy(response.capacitance)[:, 1, 1] * HARTREE
         if response.smallest_curvature is not None:
             columns["smallest_curvature"] = _numpy(response.smallest_curvature) * BOHR**2 / HARTREE
         return [{key: value[i].tolist() for key, value in columns.items()} for i in range(b)]

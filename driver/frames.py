@@ -79,6 +79,8 @@ def record(response: Response, volume: float, seconds: float) -> dict[str, Any]:
         out["born_charges"] = response.born_charges.tolist()
     if response.polarizability is not None:
         out["polarizability"] = response.polarizability[0].tolist()
+    if response.capacitance is not None:
+        out["capacitance"] = response.capacitance[0].tolist()
     if response.smallest_curvature is not None:
         out["smallest_curvature"] = float(response.smallest_curvature[0])
     _refuse_not_finite(out)

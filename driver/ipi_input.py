@@ -113,6 +113,7 @@ class RunInput:
     n_systems: int = 1
     moves_systems: bool = False  # <smotion>: exchanges between systems and the like
     temperature: float | None = None  # K
+    time: float | None = None  # fs, where a checkpoint says it
     masses: tuple[tuple[int, tuple[float, ...]], ...] = ()  # amu, given by hand: (index, one mass) or (-1, all masses)
 
     @property
@@ -190,6 +191,7 @@ def read_input(xml: str | Path) -> RunInput:
         forces=tuple(_force(element) for element in root.iterfind("system/forces/force")),
         n_systems=len(root.findall("system")) + len(root.findall("system_template")),
         moves_systems=_text(root, "smotion") != "" or any(len(e) > 0 for e in root.iterfind("smotion")),
+        time=_quantity(root.find("system/ensemble/time"), "time", "femtosecond"),
         temperature=_quantity(next(root.iter("temperature"), None), "temperature", "kelvin"),
         masses=tuple(_masses(root)),
     )

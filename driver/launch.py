@@ -28,6 +28,8 @@ from voltpi.driver.client import TcpAddress, UnixAddress
 from voltpi.driver.ipi_input import RunInput, SocketForceField, read_input
 from voltpi.driver.pes import STOPPED
 from voltpi.driver.progress import Progress, checkpoint_state
+from voltpi.driver.schedule import clock_settings, refusals
+from voltpi.driver.settings import load_settings
 from voltpi.potential.errors import InputError
 
 __all__ = ["RunRecord", "driver_command", "read_input", "run", "settings_for"]
@@ -77,12 +79,13 @@ def run(
                 "give it with --template START.xyz"
             )
     refuse_starts(plan, record.settings)
+    clocks = {ff.name: clock_options(plan, ff, record.settings[ff.name], drivers) for ff in plan.sockets}
     with _alone_in(plan.folder):
         # a short name in /tmp: unix socket paths have about a hundred bytes
         place = "/tmp" if os.access("/tmp", os.W_OK) else None
         scratch = Path(tempfile.mkdtemp(prefix=f"voltpi-{os.getpid()}-", dir=place))
         try:
-            return _Session(plan, record, drivers, scratch, quiet).run()
+            return _Session(plan, record, drivers, clocks, scratch, quiet).run()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -191,6 +194,28 @@ def driver_command(ff: SocketForceField, settings: Path, template: Path, socket_
     return [*command, "--shm"] if ff.mode == "shm" else command
 
 
+def clock_options(plan: RunInput, ff: SocketForceField, settings: Path, drivers: int) -> list[str]:
+    """What the driver of a forcefield whose potentials change with time must know besides; else nothing.
+
+    Raises InputError where they cannot follow the time.
+    """
+    try:
+        tree = load_settings(settings)
+    except InputError:
+        return []  # the driver says it
+    if not tree.scheduled:
+        return []
+    where = f"{plan.path.name}, <ffsocket name='{ff.name}'>"
+    if drivers > 1:
+        raise InputError(
+            f"{where}: {tree.scheduled[0]} changes with time, and of {drivers} drivers none could count the steps; run "
+            "it with one"
+        )
+    for sentence in refusals(plan, ff, tree):
+        raise InputError(f"{where}: {sentence}")
+    return [word for assignment in clock_settings(plan) for word in ("--set", assignment)]
+
+
 def ipi_command(xml: str, socket_prefix: str) -> list[str]:
     """The command line of i-PI, from the environment of this Python. Raises InputError when it is not installed."""
     beside = Path(sys.executable).with_name("i-pi")
@@ -283,9 +308,17 @@ class _Stop(Exception):
 class _Session:
     """One i-PI with its drivers, from start to end."""
 
-    def __init__(self, plan: RunInput, record: RunRecord, n_drivers: int, scratch: Path, quiet: bool) -> None:
+    def __init__(
+        self,
+        plan: RunInput,
+        record: RunRecord,
+        n_drivers: int,
+        clocks: dict[str, list[str]],
+        scratch: Path,
+        quiet: bool,
+    ) -> None:
         self.plan, self.record, self.scratch, self.quiet = plan, record, scratch, quiet
-        self.n_drivers = n_drivers
+        self.n_drivers, self.clocks = n_drivers, clocks
         self.ipi: _Process | None = None
         self.drivers: list[_Process] = []
         self.interrupted = threading.Event()
@@ -319,7 +352,7 @@ class _Session:
         prefix = str(self.scratch / "s_")
         template = self.record.template or plan.path  # always known where there are drivers
         commands = {
-            (ff.name, i): driver_command(ff, self.record.settings[ff.name], template, prefix)
+            (ff.name, i): driver_command(ff, self.record.settings[ff.name], template, prefix) + self.clocks[ff.name]
             for ff in plan.sockets
             for i in range(self.n_drivers)
         }

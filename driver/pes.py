@@ -24,7 +24,7 @@ import yaml
 from ipi.pes.dummy import Dummy_driver
 from ipi.utils.softexit import softexit
 
-from voltpi.driver.client import EvaluatorLike, describe, evaluate_batch
+from voltpi.driver.client import EvaluatorLike, describe, evaluate_batch, refuse_filled_batches
 from voltpi.driver.protocol import Array, ResultLike, Structures, check_result, encode_extras
 from voltpi.potential.errors import InputError
 
@@ -64,6 +64,8 @@ class VoltPI(Dummy_driver):
                 np.array(cell if batched else [cell], dtype=np.float64),
                 np.array(pos if batched else [pos], dtype=np.float64),
             )
+            if not softexit.flist and not softexit.triggered:  # not inside i-PI: there is a socket in between
+                refuse_filled_batches(self._evaluator, len(structures.positions))
             answers = [_answer(result, structures) for result in evaluate_batch(self._evaluator, structures)]
         except Exception as error:
             _stop(describe(error))
@@ -78,12 +80,12 @@ class VoltPI(Dummy_driver):
 
 def make_evaluator(settings: str, template: str, overrides: dict[str, Any]) -> EvaluatorLike:
     """The evaluator of a settings file and a start structure. Raises InputError."""
-    from voltpi.driver.evaluator import Evaluator
+    from voltpi.driver.potentiostat import run_evaluator
     from voltpi.driver.settings import load_settings
     from voltpi.driver.structures import read_structures
 
     tree = load_settings(settings, overrides, origin="<parameters>")
-    return Evaluator.from_settings(tree, read_structures(template)[0])
+    return run_evaluator(tree, read_structures(template)[0])
 
 
 def parameter_value(value: Any) -> Any:

@@ -18,7 +18,6 @@ middle of a step.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from voltpi.driver.ipi_input import DirectForceField, RunInput, SocketForceField
 from voltpi.driver.settings import Clock, Cyclic, Ramp, Schedule, Settings, Square, Table
 from voltpi.potential.errors import VoltPIError
 
 if TYPE_CHECKING:
     from voltpi.driver.evaluator import Evaluator, Result
-    from voltpi.driver.ipi_input import DirectForceField, RunInput, SocketForceField
 
 __all__ = ["Scheduled", "Steps", "applied_at", "clock_settings", "potential_at", "refusals", "settings_at"]
 
@@ -73,33 +72,27 @@ def settings_at(settings: Settings, time: float = 0.0) -> Settings:
 
 def applied_at(settings: Settings, times: Array) -> Array:
     """What the electrodes are held at, [b, electrodes] (V or e), at ``times`` [b] (ps)."""
-    return np.array(
-        [[_held(e.charge, e.potential, float(time)) for e in settings.electrodes] for time in times], dtype=float
-    )
-
-
-def _held(charge: float | None, potential: float | Schedule | None, time: float) -> float:
-    if charge is not None:
-        return charge
-    assert potential is not None
-    return potential_at(potential, time)
+    return np.array([[e.value for e in settings_at(settings, float(time)).electrodes] for time in times], dtype=float)
 
 
 class Steps:
     """Which step each structure belongs to that i-PI hands over.
 
     Inside i-PI that is the step it is at; anywhere else structures are counted, as ``clock`` says.
-    Raises VoltPIError (at the first structure) where there is neither.
+    Raises VoltPIError (at the first structure) where there is neither, or both.
     """
 
     def __init__(self, clock: Clock | None) -> None:
         self._clock = clock
         self._seen = 0
         self._first: int | None = None
+        self._simulation: Any = None
 
     def of(self, b: int) -> NDArray[np.int64]:
         """Steps [b] of the next ``b`` structures; asking does not count."""
-        simulation = _simulation()
+        simulation = self._inside()
+        if simulation is not None and self._clock is not None:
+            raise VoltPIError("clock is given in the settings but i-PI's own is read here; remove it")
         beads = _beads(simulation) if simulation is not None else self._counted().beads
         begun = (self._seen + np.arange(b)) // beads
         if simulation is None:
@@ -111,15 +104,20 @@ class Steps:
 
     def times(self, steps: NDArray[np.int64]) -> Array:
         """ps."""
-        simulation = _simulation()
+        simulation = self._inside()
         timestep = self._counted().timestep if simulation is None else _timestep(simulation)
-        return 1e-3 * timestep * steps
+        return np.asarray(1e-3 * timestep * steps)
 
     def count(self, steps: NDArray[np.int64]) -> None:
         """These structures, of ``steps`` [b], were evaluated."""
         if self._first is None:
             self._first = int(steps[0])
         self._seen += len(steps)
+
+    def _inside(self) -> Any:
+        """i-PI's Simulation where this process is i-PI, else None; kept, as i-PI forgets it at its end."""
+        self._simulation = self._simulation or _simulation()
+        return self._simulation
 
     def _counted(self) -> Clock:
         if self._clock is None:
@@ -131,7 +129,7 @@ class Steps:
 
 
 def _simulation() -> Any:
-    """i-PI's own Simulation where this process is i-PI: it has registered itself to be saved at a soft exit."""
+    """i-PI's Simulation, which has registered itself to be saved at a soft exit, or None."""
     from ipi.utils.softexit import softexit
 
     owners = (getattr(entry[0], "__self__", None) for entry in softexit.flist)
@@ -169,9 +167,7 @@ class Scheduled:
         applied = applied_at(self._settings, self._steps.times(steps))
         results = self._evaluator.evaluate(cells, positions, replicas, applied)
         self._steps.count(steps)
-        return [
-            r._replace(extras={**r.extras, "step": int(step)}) for r, step in zip(results, steps, strict=True)
-        ]
+        return [r._replace(extras={**r.extras, "step": int(step)}) for r, step in zip(results, steps, strict=True)]
 
 
 def clock_settings(plan: RunInput) -> list[str]:
@@ -190,7 +186,7 @@ def refusals(plan: RunInput, ff: SocketForceField | DirectForceField, settings: 
     key = settings.scheduled[0]
     if settings.clock is not None:
         yield f"clock is filled in from the input by `voltpi run`, and {key} would follow another; remove it"
-    if hasattr(ff, "mode") and ff.batch_size > 1:
+    if isinstance(ff, SocketForceField) and ff.batch_size > 1:
         yield (
             f"<batch_size> {ff.batch_size}: i-PI fills batches up with copies over sockets, and a driver that counts "
             f"steps for {key} would count them; use <batch_size>1</batch_size>, or <ffdirect>"
@@ -198,6 +194,12 @@ def refusals(plan: RunInput, ff: SocketForceField | DirectForceField, settings: 
     yield from once_a_step(plan, ff, f"{key} changes with time")
     if plan.timestep is None:
         yield f"{key} changes with time but <timestep> is missing or no number; add it to <dynamics>"
+    elif plan.time is not None and abs(plan.time - plan.first_step * plan.timestep) > 0.5 * plan.timestep:
+        yield (
+            f"{key} changes with time, which is step x timestep, but the checkpoint is at step {plan.first_step} and "
+            f"{plan.time:g} fs, so <timestep> {plan.timestep:g} fs is not that of the first part; keep the timestep, "
+            "or start anew"
+        )
 
 
 def once_a_step(plan: RunInput, ff: SocketForceField | DirectForceField, why: str) -> Iterator[str]:

@@ -387,9 +387,10 @@ class Electrode(_Strict):
 
     @property
     def value(self) -> float:
-        """V or e, as ``control`` says."""
+        """V or e, as ``control`` says; of a potential that changes with time see ``voltpi.driver.schedule``."""
         value = self.charge if self.potential is None else self.potential
         assert value is not None
+        assert not isinstance(value, Schedule)
         return value
 
     @field_validator("atoms", mode="before")
@@ -456,6 +457,7 @@ class Output(_Strict):
     born_charges: bool = False
     polarizability: bool = False
     smallest_curvature: bool = False
+    capacitance: bool = False
 
 
 def _field(value: Any) -> Any:
@@ -581,10 +583,12 @@ def _contradictions(s: Settings) -> Iterator[tuple[str, str]]:
     """Pairs (key, sentence) for settings that exclude each other, whatever the structure."""
     charges, coulomb = s.charges, s.coulomb
     given = set(s.given())
-    if s.has_model and "short_range" in {key.partition(".")[0] for key in given}:
+    walls = bool(s.electrodes) and s.short_range is not None and s.short_range.pair is not None
+    if s.has_model and not walls and "short_range" in {key.partition(".")[0] for key in given}:
         yield (
             "short_range",
-            f"short_range cannot be combined with model {s.model}, which brings its own; remove one of the two",
+            f"short_range cannot be combined with model {s.model}, which brings its own, but for short_range.pair "
+            "between electrodes and electrolyte; remove one of the two",
         )
     if s.displacement is not None:
         if s.field_from_frame:
@@ -636,6 +640,11 @@ def _contradictions(s: Settings) -> Iterator[tuple[str, str]]:
             "clusters on a mesh by itself",
         )
     yield from _electrode_contradictions(s)
+    if s.output.capacitance and [e.potential is not None for e in s.electrodes] != [True, True]:
+        yield (
+            "output.capacitance",
+            "output.capacitance is that between two electrodes at potentials; give these, or set it to false",
+        )
     if charges.model == "none":
         for key in ("born_charges", "polarizability", "smallest_curvature"):
             if getattr(s.output, key) and not s.has_model:
@@ -701,7 +710,7 @@ def _potentiostat_contradictions(s: Settings) -> Iterator[tuple[str, str]]:
         if name not in known:
             yield (
                 "potentiostat.electrodes",
-                f"potentiostat.electrodes: there is no electrode {name}; the settings have {', '.join(known) or 'none'}",
+                f"potentiostat.electrodes: there is no electrode {name}; there are {', '.join(known) or 'none'}",
             )
         elif known[name].charge != 0:
             held = "a potential" if known[name].charge is None else f"a charge of {known[name].charge:g} e"

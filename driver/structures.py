@@ -79,9 +79,12 @@ def read_structures(path: str | Path) -> list[Atoms]:
     if not frames or any(len(frame) == 0 for frame in frames):
         raise InputError(f"{path}: holds no atoms; give a structure file with at least one frame")
     for k, frame in enumerate(frames):
-        if (frame.numbers == 0).any():
-            atom = int(np.argmax(frame.numbers == 0))
-            raise InputError(f"{path}, frame {k}: atom {atom} is the dummy element X; give real elements only")
+        dummies = np.flatnonzero(frame.numbers == 0)
+        if len(dummies) and (len(frame) == 1 or dummies[0] != len(frame) - 1):
+            raise InputError(
+                f"{path}, frame {k}: atom {dummies[0]} is the dummy element X; give real elements only (and the X of a "
+                "potentiostat last)"
+            )
     return frames
 
 
@@ -139,6 +142,11 @@ def prepare_frame(atoms: Atoms, settings: Settings, potential: Potential, frame:
     from voltpi.potential.neighbors import check_geometry
     from voltpi.potential.systems import Systems
 
+    if (atoms.numbers == 0).any():
+        raise InputError(
+            f"{frame}: atom {int(np.argmin(atoms.numbers))} is the dummy element X, which is for runs with a "
+            "potentiostat; remove it, or set potentiostat and run it in i-PI"
+        )
     bare = _with_boundary(atoms, settings, frame)
     systems = Systems.from_atoms(
         bare,
