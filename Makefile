@@ -23,7 +23,7 @@ demo: $(STAMP)
 	$(BIN)/voltpi analyze polarization demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 # The packages are mapped from the top-level folders (pyproject.toml); mypy needs them under one name.
 lint: $(STAMP)
