@@ -5,15 +5,17 @@
     {"format": 1, "short_range": {"kind": "nequip", "config": {…}}, "charges": {…} | null, "dispersion": {…} | null,
      "reference_energies": {"8": eV}, "card": {…}}
 
-so that a model is one file that no loader can execute. ``card`` says what data it was trained on, its errors on
-held-out data, and what it is not for.
+so that a model is one file that no loader can execute. ``charges`` with ``"kind": "taper"`` are ReaxNet's
+(:class:`~voltpi.potential.electrostatics.taper.TaperedPQEq`), without a kind PQEq's. ``card`` says what data it was
+trained on, its errors on held-out data, and what it is not for.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,9 +24,11 @@ import torch
 from ase.data import chemical_symbols
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from voltpi.potential.dispersion import D3
-from voltpi.potential.electrostatics.pqeq import PQEq
+from voltpi.potential.electrostatics.pqeq import ElementParameters, PQEq
+from voltpi.potential.electrostatics.taper import TaperedPQEq
 from voltpi.potential.errors import InputError
 from voltpi.potential.model import Potential
 from voltpi.potential.shortrange.nequip import NequIP
@@ -114,11 +118,11 @@ def save_potential(path: str | Path, potential: Potential, card: dict[str, Any])
     network = potential.short_range
     if network is not None and not isinstance(network, NequIP):
         raise InputError(f"a {type(network).__name__} cannot be saved: model files hold a NequIP short range")
-    tensors = {} if network is None else {k: v.contiguous().cpu() for k, v in network.state_dict().items()}
+    tensors = {} if network is None else {k: _compact(v) for k, v in network.state_dict().items()}
     description = {
         "format": FORMAT,
         "short_range": None if network is None else {"kind": "nequip", "config": network.config},
-        "charges": None if potential.charges is None else potential.charges.config,
+        "charges": None if potential.charges is None else _described(potential.charges),
         "dispersion": None if potential.dispersion is None else potential.dispersion.config,
         "reference_energies": {str(z): e for z, e in potential.reference_energies.items()},
         "card": card,
@@ -167,7 +171,7 @@ def load_potential(
     dispersion = description["dispersion"]
     return Potential(
         network,
-        None if charges is None else _built(path, "charges", lambda: PQEq.from_config(charges)),
+        None if charges is None else _built(path, "charges", lambda: _charges(charges)),
         None if dispersion is None else _built(path, "dispersion", lambda: D3(**dispersion)),
         reference_energies=_built(path, "reference_energies", lambda: _references(description["reference_energies"])),
         walls=walls,
@@ -182,6 +186,34 @@ def _built(path: Path, part: str, build: Callable[[], _Part]) -> _Part:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise InputError(f"{path}: {part} in its description cannot be used ({reason}); save the model again") from None
+
+
+def _compact(values: Tensor) -> Tensor:
+    """On the CPU, and in float32 where that loses nothing."""
+    values = values.detach().contiguous().cpu()
+    single = values.float()
+    return single if values.is_floating_point() and torch.equal(single.to(values.dtype), values) else values
+
+
+def _described(charges: PQEq | TaperedPQEq) -> dict[str, Any]:
+    """JSON-able description from which ``_charges`` builds the same model."""
+    if isinstance(charges, PQEq):
+        return charges.config
+    own = {f.name: getattr(charges, f.name) for f in fields(charges) if f.init}
+    return {**own, "kind": "taper", "parameters": {symbol: list(row) for symbol, row in charges.parameters.items()}}
+
+
+def _charges(description: Mapping[str, Any]) -> Any:
+    config = dict(description)
+    kind = config.pop("kind", "pqeq")
+    if kind == "pqeq":
+        return PQEq.from_config(config)
+    if kind != "taper":
+        raise ValueError(f"kind '{kind}', this version reads pqeq and taper")
+    if type(config["iterations"]) is not int:
+        raise ValueError(f"iterations {config['iterations']!r} are no whole number")
+    config["parameters"] = {symbol: ElementParameters(*row) for symbol, row in config["parameters"].items()}
+    return TaperedPQEq(**config)
 
 
 def _references(table: dict[str, Any]) -> dict[int, float]:

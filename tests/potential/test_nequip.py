@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -10,12 +11,12 @@ import ase
 import numpy as np
 import pytest
 import torch
-import yaml
 from ase.neighborlist import neighbor_list
 from e3nn import o3
 from torch import Tensor
 
 from voltpi.potential.errors import InputError
+from voltpi.potential.reaxnet import read_reaxnet, reaxnet_network
 from voltpi.potential.shortrange import messages
 from voltpi.potential.shortrange.nequip import NequIP
 
@@ -288,61 +289,6 @@ def test_wrong_configuration_is_refused(changes: dict[str, object], message: str
 REFERENCE = os.environ.get("VOLTPI_REFERENCE")
 
 
-def published_network(folder: Path, amplify: float) -> NequIP:
-    config = yaml.safe_load((folder / "model_config.yaml").read_text())
-    species = [0] * config["n_elements"]
-    for number, index in yaml.safe_load((folder / "mapping.yaml").read_text()).items():
-        species[index] = number
-    net = NequIP(
-        species=species,
-        hidden_irreps=config["hidden_irreps"],
-        sh_irreps=config["sh_irreps"],
-        layers=config["graph_net_steps"],
-        r_max=config["r_max"],
-        n_basis=config["num_basis"],
-        radial_layers=config["radial_net_n_layers"],
-        radial_hidden=config["radial_net_n_hidden"],
-        n_neighbors=config["n_neighbors"],
-        shift=config["shift"],
-        scale=config["scale"],
-        use_sc=config["use_sc"],
-    ).double()
-    net.shift.fill_(config["shift"])
-    net.scale.fill_(config["scale"])
-    with np.load(folder / "params_flat.npz") as file:
-        weights = {key.removeprefix("params/"): torch.tensor(file[key]) for key in file}
-
-    def merged(module: str) -> dict[str, Tensor]:
-        """Output irrep -> weights; chunks that end in the same irrep side by side."""
-        found = sorted((key.split("w[")[1], value) for key, value in weights.items() if key.startswith(f"{module}/w["))
-        chunks: dict[str, list[Tensor]] = {}
-        for key, value in found:
-            chunks.setdefault(key.split("x")[-1], []).append(value)
-        return {ir: torch.cat(values, dim=-1) for ir, values in chunks.items()}
-
-    state = {
-        "embedding": merged("Linear_0")["0e"],
-        "readout.0": merged("Linear_1")["0e"],
-        "readout.1": merged("Linear_2")["0e"],
-        "basis.frequencies": weights["BesselEmbedding_0/frequencies"],
-        "shift": net.shift,
-        "scale": net.scale,
-    }
-    names = {"before": "Linear_0", "after": "Linear_1", "self_connection": "FullyConnectedTensorProductE3nn_0"}
-    for k, layer in enumerate(net.convolutions):
-        theirs, ours = f"NequIPConvolution_{k}", f"convolutions.{k}"
-        for name, their_name in names.items():
-            blocks = merged(f"{theirs}/{their_name}")
-            for ir, parameter in getattr(layer, name).weights.items():
-                state[f"{ours}.{name}.weights.{ir}"] = blocks[ir][..., : parameter.shape[-1]]
-        last = len(layer.radial.kernels) - 1
-        for i in range(last + 1):
-            kernel = weights[f"{theirs}/MLP_0/Dense_{i}/kernel"]
-            state[f"{ours}.radial.kernels.{i}"] = kernel[:, layer.columns] * amplify if i == last else kernel
-    net.load_state_dict(state)
-    return net
-
-
 @pytest.mark.skipif(REFERENCE is None, reason="VOLTPI_REFERENCE names no folder with reaxnet_nequip/")
 @pytest.mark.parametrize("model", ["nequip_small", "nequip_l2"])
 @pytest.mark.parametrize("name", ["lipon24", "v4zn4o8"])
@@ -354,7 +300,10 @@ def test_reproduces_the_published_code(model: str, name: str, amplify: float) ->
     atoms = ase.Atoms(data["numbers"], data["positions"], cell=data["cell"], pbc=data["pbc"])
     with np.load(folder / model / f"ref_f64_{'amp_' if amplify > 1 else ''}{name}.npz") as file:
         reference = dict(file)
-    net = published_network(folder / model, amplify)
+    checkpoint = read_reaxnet(folder / model)
+    last = f"/Dense_{checkpoint.config['radial_net_n_layers']}/kernel"
+    weights = {key: w * np.float32(amplify if key.endswith(last) else 1.0) for key, w in checkpoint.weights.items()}
+    net = reaxnet_network(dataclasses.replace(checkpoint, weights=weights))
     receiver, sender, shift = neighbor_list("ijS", atoms, net.cutoff)
     index = torch.tensor(np.stack([receiver, sender]), dtype=torch.int64)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
