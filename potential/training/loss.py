@@ -1,4 +1,4 @@
-"""Batches of graphs on the training device, network energies and forces on them, and the loss."""
+"""Batches of graphs on the training device, network energies, forces and stresses on them, and the loss."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from ase.units import GPa
 from torch import Tensor, nn
 
 from voltpi.potential.training.dataset import Sample
 
-__all__ = ["Batch", "EnergyForceLoss", "Errors", "by_atoms", "collate", "pack", "predict"]
+__all__ = ["Batch", "Errors", "Loss", "Prediction", "by_atoms", "collate", "pack", "predict"]
 
 
 class Batch(NamedTuple):
     """``b`` structures with ``n`` atoms and ``e`` edges in all, in the precision of the network.
 
     numbers [n] int64 · edge_index [2, e] int64 (centre i, neighbour j) · vectors [e, 3] r_j + shift − r_i, Å ·
-    structure [n] int64 · n_atoms [b] · energy [b] eV · forces [n, 3] eV/Å · weight [b] (of the data set)
+    structure [n] int64 · n_atoms [b] · energy [b] eV · forces [n, 3] eV/Å · weight [b] (of the data set) ·
+    stress [b, 3, 3] eV/Å³ · volume [b] Å³, 0 for a structure without a stress label · stressed: how many have one
     """
 
     numbers: Tensor
@@ -30,12 +32,30 @@ class Batch(NamedTuple):
     energy: Tensor
     forces: Tensor
     weight: Tensor
+    stress: Tensor
+    volume: Tensor
+    stressed: int
+
+
+class Prediction(NamedTuple):
+    """energy [b] eV · forces [n, 3] eV/Å · stress [b, 3, 3] eV/Å³ (zero where there is no label), or None."""
+
+    energy: Tensor
+    forces: Tensor
+    stress: Tensor | None
+
+    def detach(self) -> Prediction:
+        """The numbers alone."""
+        return Prediction(
+            self.energy.detach(), self.forces.detach(), None if self.stress is None else self.stress.detach()
+        )
 
 
 def pack(sample: Sample, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Batch:
     """One sample as a batch of one, cast once; the subtraction of references was done in float64 before."""
     numbers = sample.systems.numbers.to(device)
     real = {"dtype": dtype, "device": device}
+    stress = torch.zeros(3, 3) if sample.stress is None else sample.stress
     return Batch(
         numbers=numbers,
         edge_index=sample.edge_index.to(device),
@@ -45,6 +65,9 @@ def pack(sample: Sample, *, dtype: torch.dtype = torch.float32, device: torch.de
         energy=torch.tensor([sample.energy], **real),
         forces=sample.forces.to(**real),
         weight=torch.tensor([sample.weight], **real),
+        stress=stress[None].to(**real),
+        volume=torch.tensor([0.0 if sample.stress is None else sample.volume], **real),
+        stressed=int(sample.stress is not None),
     )
 
 
@@ -66,6 +89,9 @@ def collate(parts: Sequence[Batch]) -> Batch:
         energy=torch.cat([p.energy for p in parts]),
         forces=torch.cat([p.forces for p in parts]),
         weight=torch.cat([p.weight for p in parts]),
+        stress=torch.cat([p.stress for p in parts]),
+        volume=torch.cat([p.volume for p in parts]),
+        stressed=sum(p.stressed for p in parts),
     )
 
 
@@ -83,11 +109,11 @@ def by_atoms(parts: Iterable[Batch], atoms: int) -> list[Batch]:
     return [collate(group) for group in groups]
 
 
-def predict(network: nn.Module, batch: Batch, *, create_graph: bool) -> tuple[Tensor, Tensor]:
-    """Energies [b] (eV) and forces [n, 3] (eV/Å) of ``network``; ``create_graph`` to train through the forces.
+def predict(network: nn.Module, batch: Batch, *, create_graph: bool) -> Prediction:
+    """Energies, forces and (where labelled) stresses of ``network``; ``create_graph`` to train through them.
 
     With v = r_j + shift − r_i and g = ∂E/∂v, ∂E/∂r_j = g and ∂E/∂r_i = −g, so the force on i gains g and that on j
-    loses it.
+    loses it; a strain scales every v, so the stress is Σ g ⊗ v / V, made symmetric.
     """
     vectors = batch.vectors.detach().requires_grad_()
     atomic = network(batch.numbers, batch.edge_index, vectors).reshape(-1)
@@ -95,35 +121,61 @@ def predict(network: nn.Module, batch: Batch, *, create_graph: bool) -> tuple[Te
     (g,) = torch.autograd.grad(atomic.sum(), vectors, create_graph=create_graph)
     centre, neighbour = batch.edge_index
     forces = torch.zeros_like(batch.forces).index_add(0, centre, g).index_add(0, neighbour, g, alpha=-1)
-    return (energy, forces) if create_graph else (energy.detach(), forces.detach())
+    stress = None
+    if batch.stressed:
+        products = g[:, :, None] * batch.vectors[:, None, :]
+        strained = torch.zeros_like(batch.stress).index_add(0, batch.structure[centre], products)
+        per_volume = torch.where(batch.volume > 0, 1 / batch.volume.clamp(min=1e-12), 0.0)
+        stress = 0.5 * (strained + strained.transpose(1, 2)) * per_volume[:, None, None]
+    answer = Prediction(energy, forces, stress)
+    return answer if create_graph else answer.detach()
 
 
 @dataclass(frozen=True)
-class EnergyForceLoss:
-    """Weighted mean of squared energy errors per atom and squared force errors.
+class Loss:
+    """Weighted mean of squared errors of energy per atom, force and stress components.
 
-    loss = energy · ⟨w h(ΔE/N)⟩ + forces · ⟨w h(|ΔF|)⟩/3, averaged over structures and atoms, w the weight of the
-    data set, h(x) = x². With a Huber threshold δ, h(x) = δ(2|x| − δ) beyond |x| = δ, so that a wrong label pulls
-    with a bounded gradient; the force error enters with its norm, which keeps the loss rotation invariant.
+    loss = energy · ⟨w h(ΔE/N)⟩ + forces · ⟨w h(|ΔF|)⟩/3 + stress · ⟨w h(|Δσ|)⟩/9, averaged over structures, atoms and
+    structures with a stress label; w the weight of the data set, h(x) = x². With a Huber threshold δ, h(x) =
+    δ(2|x| − δ) beyond |x| = δ, so that a wrong label pulls with a bounded gradient; errors of vectors and tensors enter
+    with their norm, which keeps the loss rotation invariant.
 
     Attributes
     ----------
-    energy, forces : weights of the terms, 1/(eV/atom)² and 1/(eV/Å)²
-    huber_energy, huber_forces : thresholds in eV/atom and eV/Å, or None
+    energy, forces, stress : weights of the terms, 1/(eV/atom)², 1/(eV/Å)² and 1/(eV/Å³)²
+    huber_energy, huber_forces, huber_stress : thresholds in eV/atom, eV/Å and eV/Å³, or None
     """
 
     energy: float = 1.0
     forces: float = 10.0
+    stress: float = 10.0
     huber_energy: float | None = None
     huber_forces: float | None = None
+    huber_stress: float | None = None
 
-    def __call__(self, energy: Tensor, forces: Tensor, batch: Batch) -> Tensor:
-        """Scalar loss of predicted ``energy`` [b] and ``forces`` [n, 3]."""
-        energy_error = ((energy - batch.energy) / batch.n_atoms).square()
-        force_error = (forces - batch.forces).square().sum(dim=1)
-        energy_term = (batch.weight * _huber(energy_error, self.huber_energy)).mean()
-        force_term = (batch.weight[batch.structure] * _huber(force_error, self.huber_forces)).mean() / 3
-        return self.energy * energy_term + self.forces * force_term
+    def __call__(self, answer: Prediction, batch: Batch, counts: tuple[int, int, int] | None = None) -> Tensor:
+        """Scalar loss of a prediction; ``counts`` (see :meth:`counts`) of the batch that this one is a part of."""
+        structures, atoms, stressed = counts or self.counts([batch])
+        energy_error = ((answer.energy - batch.energy) / batch.n_atoms).square()
+        force_error = (answer.forces - batch.forces).square().sum(dim=1)
+        energy_term = (batch.weight * _huber(energy_error, self.huber_energy)).sum() / structures
+        force_term = (batch.weight[batch.structure] * _huber(force_error, self.huber_forces)).sum() / (3 * atoms)
+        total = self.energy * energy_term + self.forces * force_term
+        if answer.stress is not None:
+            # without a label both are zero
+            stress_error = (answer.stress - batch.stress).square().sum(dim=(1, 2))
+            stress_term = (batch.weight * _huber(stress_error, self.huber_stress)).sum() / (9 * max(stressed, 1))
+            total = total + self.stress * stress_term
+        return total
+
+    @staticmethod
+    def counts(parts: Sequence[Batch]) -> tuple[int, int, int]:
+        """Structures, atoms, structures with a stress label: what the terms are averaged over."""
+        return (
+            sum(p.energy.shape[0] for p in parts),
+            sum(p.numbers.shape[0] for p in parts),
+            sum(p.stressed for p in parts),
+        )
 
 
 def _huber(squared: Tensor, threshold: float | None) -> Tensor:
@@ -136,31 +188,42 @@ def _huber(squared: Tensor, threshold: float | None) -> Tensor:
 
 
 class Errors:
-    """Sums of errors over batches, kept on the device in float64: ``sums`` [6].
+    """Sums of errors over batches, kept on the device in float64: ``sums`` [9].
 
-    Σ loss · structures, structures, Σ (ΔE/N)², Σ |ΔF|², Σ |ΔF component|, components.
+    Σ loss · structures, structures, Σ (ΔE/N)², Σ |ΔE/N|, Σ |ΔF|², Σ |ΔF component|, components, Σ |Δσ|², components.
     """
 
     def __init__(self, device: torch.device | str) -> None:
-        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(9, dtype=torch.float64, device=device)
 
-    def add(self, energy: Tensor, forces: Tensor, batch: Batch, loss: Tensor) -> None:
+    def add(self, answer: Prediction, batch: Batch, loss: Tensor) -> None:
         """Count one predicted batch and its mean ``loss``."""
-        structures, components = float(len(energy)), float(forces.numel())
-        per_atom = ((energy - batch.energy) / batch.n_atoms).double()
-        error = (forces - batch.forces).double()
-        parts = (loss.double() * structures, per_atom.square().sum(), error.square().sum(), error.abs().sum())
-        self.sums[[0, 2, 3, 4]] += torch.stack(parts)
+        structures, components = float(len(answer.energy)), float(answer.forces.numel())
+        per_atom = ((answer.energy - batch.energy) / batch.n_atoms).double()
+        error = (answer.forces - batch.forces).double()
+        stress = batch.stress.new_zeros(1) if answer.stress is None else answer.stress - batch.stress
+        parts = (
+            loss.double() * structures,
+            per_atom.square().sum(),
+            per_atom.abs().sum(),
+            error.square().sum(),
+            error.abs().sum(),
+            stress.double().square().sum(),
+        )
+        self.sums[[0, 2, 3, 4, 5, 7]] += torch.stack(parts)
         self.sums[1] += structures
-        self.sums[5] += components
+        self.sums[6] += components
+        self.sums[8] += 9.0 * batch.stressed
 
     def means(self) -> dict[str, float]:
-        """Mean loss, force RMSE and MAE (eV/Å), energy RMSE (meV/atom)."""
-        loss, structures, energies, squares, absolutes, components = self.sums.tolist()
+        """Mean loss, force RMSE and MAE (eV/Å), energy RMSE and MAE (meV/atom), stress RMSE (GPa) where labelled."""
+        loss, structures, energies, energies_abs, squares, absolutes, components, stresses, entries = self.sums.tolist()
         structures, components = max(structures, 1.0), max(components, 1.0)
-        return {
+        means = {
             "loss": loss / structures,
             "force_rmse": math.sqrt(squares / components),
             "force_mae": absolutes / components,
             "energy_rmse": 1000 * math.sqrt(energies / structures),
+            "energy_mae": 1000 * energies_abs / structures,
         }
+        return means | ({"stress_rmse": math.sqrt(stresses / entries) / GPa} if entries else {})

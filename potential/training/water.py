@@ -44,18 +44,14 @@ from voltpi.potential.fragments import assign_fragments, whole_positions
 from voltpi.potential.model import Potential
 from voltpi.potential.shortrange.nequip import NequIP
 from voltpi.potential.systems import Systems
-from voltpi.potential.training.dataset import (
-    Sample,
-    Source,
-    load_dataset,
-    read_frames,
-    reference_energies,
-    split,
-    subtract_references,
-    summarize,
-)
-from voltpi.potential.training.loss import EnergyForceLoss
-from voltpi.potential.training.trainer import TrainConfig, Trainer
+from voltpi.potential.training.baseline import LongRange, load_dataset
+from voltpi.potential.training.config import TrainConfig
+from voltpi.potential.training.dataset import Sample, read_frames
+from voltpi.potential.training.labels import Source
+from voltpi.potential.training.loss import Loss
+from voltpi.potential.training.references import reference_energies, subtract_references, summarize
+from voltpi.potential.training.splitting import split
+from voltpi.potential.training.trainer import Trainer
 
 NETWORK: dict[str, Any] = {
     "hidden_irreps": "32x0e+16x1o+8x2e",
@@ -177,21 +173,7 @@ def charge_errors(model: PQEq, frames: Sequence[Atoms]) -> dict[str, float]:
     }
 
 
-class Baseline:
-    """What the network does not learn: D3 and PQEq in the frame's field."""
-
-    def __init__(self, parameters: dict[str, ElementParameters]) -> None:
-        charges, dispersion = charge_model(parameters), D3("pbe", "zero")
-        self.potential = Potential(charges=charges, dispersion=dispersion)
-        self.key = json.dumps([charges.config, dispersion.config])
-
-    def __call__(self, systems: Systems) -> tuple[Tensor, Tensor]:
-        """Energy [b] (eV) and forces [n, 3] (eV/Å)."""
-        answer = self.potential(self.potential.prepare(systems))
-        return answer.energy, answer.forces
-
-
-def _data(folder: Path, cache: Path, baseline: Baseline) -> tuple[list[Sample], list[Sample]]:
+def _data(folder: Path, cache: Path, baseline: LongRange) -> tuple[list[Sample], list[Sample]]:
     common: dict[str, Any] = {"baseline": baseline, "baseline_key": baseline.key, "cache": cache}
     r_max = NETWORK["r_max"]
     train = load_dataset(_field_source(folder / "efield_water_train.xyz"), r_max, **common)
@@ -247,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.fit_charges:
         frames = read_frames(_field_source(options.data / "efield_water_train.xyz"))
         parameters = fit_charges(frames[3::16], console)
-    baseline = Baseline(parameters)
+    baseline = LongRange(charge_model(parameters), D3("pbe", "zero"))
     train, validation = _data(options.data, options.run / "cache", baseline)
     references = reference_energies(train)
     train, validation = subtract_references(train, references), subtract_references(validation, references)
@@ -258,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epochs=None,
         max_seconds=3600 * options.hours,
         batch_size=2,
-        loss=EnergyForceLoss(energy=1000.0, forces=10.0, huber_energy=0.02, huber_forces=1.0),
+        loss=Loss(energy=1000.0, forces=10.0, huber_energy=0.02, huber_forces=1.0),
         learning_rate=5e-3,
         ema_decay=0.998,
         device=options.device,

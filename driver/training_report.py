@@ -1,0 +1,112 @@
+"""What a training made: the card of its model, and a table of errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase.data import chemical_symbols
+from rich.console import Console
+from rich.table import Table
+
+from voltpi.driver.training_settings import TrainingSettings
+from voltpi.potential.model import Potential
+from voltpi.potential.shortrange.nequip import NequIP
+from voltpi.potential.training.config import TrainResult
+from voltpi.potential.training.dataset import Sample
+from voltpi.potential.training.trainer import Trainer
+from voltpi.potential.training.workers import Workers
+
+__all__ = ["TrainingTask", "make_card", "print_errors"]
+
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """What is trained: the network, the long range that was subtracted, reference energies, samples without both."""
+
+    network: NequIP
+    long_range: Potential | None
+    references: dict[str, dict[int, float]]
+    train: list[Sample]
+    validation: list[Sample]
+    card: dict[str, Any]
+
+
+def make_card(
+    settings: TrainingSettings,
+    task: TrainingTask,
+    trainer: Trainer,
+    result: TrainResult,
+    errors: Mapping[str, Mapping[str, float]],
+    responses: Mapping[str, Any],
+    name: str,
+) -> dict[str, Any]:
+    """What the model is made of, in a form that any JSON reader has."""
+    elements = [chemical_symbols[z] for z in task.network.species if z]
+    long_range = task.long_range
+    parts = ["NequIP"]
+    if long_range is not None and long_range.charges is not None:
+        parts.append("PQEq" if any(row.Z for row in long_range.charges.parameters.values()) else "QEq")
+    if long_range is not None and long_range.dispersion is not None:
+        parts.append("D3")
+    atoms = sum(s.systems.n_atoms for s in task.train)
+    begun = {"fine-tuned from": Path(settings.start).name} if settings.start else {}
+    return {
+        "name": settings.name,
+        "summary": f"{' + '.join(parts)} for {', '.join(elements)}",
+        **begun,
+        "elements": elements,
+        "data": {
+            "files": task.card["files"],
+            "train": len(task.train),
+            "train_atoms": atoms,
+            "validation": len(task.validation),
+        },
+        "errors": {
+            "units": "validation; forces eV/Å, energies meV/atom, stress GPa; force_rms of what the network learns",
+            **errors,
+        },
+        **({"charges_alone": dict(responses)} if responses else {}),
+        "reference_energies": {
+            k: {chemical_symbols[z]: e for z, e in own.items()} for k, own in task.references.items()
+        },
+        "references_in_the_model": name,
+        "training": {
+            **settings.training.model_dump(),
+            "loss": settings.loss.model_dump(),
+            "freeze": list(settings.freeze),
+            "epochs_done": result.epoch,
+            "best_epoch": result.best_epoch,
+            "updates": trainer.state.updates,
+            "seconds": round(trainer.state.seconds, 1),
+            "processes": Workers().size,
+            "ended": result.reason,
+        },
+        "versions": {"voltpi": version("voltpi"), "torch": torch.__version__},
+    }
+
+
+def print_errors(console: Console, errors: Mapping[str, Mapping[str, float]], responses: Mapping[str, Any]) -> None:
+    stressed = any("stress_rmse" in e for e in errors.values())
+    columns = ["validation", "frames", "force RMSE", "MAE (eV/Å)", "energy RMSE", "MAE (meV/atom)"]
+    table = Table(*columns, *(["stress RMSE (GPa)"] if stressed else []))
+    for name, e in errors.items():
+        row = [name, str(e["frames"]), f"{e['force_rmse']:.4f}", f"{e['force_mae']:.4f}"]
+        row += [f"{e['energy_rmse']:.2f}", f"{e['energy_mae']:.2f}"]
+        table.add_row(*row, *([f"{e.get('stress_rmse', float('nan')):.4f}"] if stressed else []))
+    console.print(table)
+    for kind, found in responses.items():
+        if kind == "frames":
+            continue
+        shown = (
+            found
+            if isinstance(found, str)
+            else ", ".join(
+                f"{k.replace('_', ' ')} {v:.3g}" if isinstance(v, float) else str(v) for k, v in found.items()
+            )
+        )
+        console.print(f"charges alone, {kind}: {shown}", markup=False, highlight=False, soft_wrap=True)
