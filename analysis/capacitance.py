@@ -184,7 +184,7 @@ def charge_summary(
     if not source and kelvin is not None:
         value, error = variance(difference)
         fluctuation = value / (BOLTZMANN * kelvin), error / (BOLTZMANN * kelvin)
-        known, source = _at_fixed_nuclei(run, setup, empty)
+        known, source = _at_fixed_nuclei(run, setup, empty, int(series.steps[0]))
     area = setup.sum_over(np.asarray(setup.start.cell)).area
     return ChargeSummary(
         run,
@@ -203,13 +203,16 @@ def charge_summary(
     )
 
 
-def _at_fixed_nuclei(run: Run, setup: Setup, given: float | None) -> tuple[float | None, str]:
-    """⟨∂Q/∂Ψ⟩ (e/V), and where it comes from or why it is not known."""
+def _at_fixed_nuclei(run: Run, setup: Setup, given: float | None, first: int) -> tuple[float | None, str]:
+    """⟨∂Q/∂Ψ⟩ (e/V) from step ``first`` on, and where it comes from or why it is not known."""
     if given is not None:
         return given, f"--empty {given:g} e/V"
     written = run.extras.get("electrode_capacitance")
     if written:
-        values = [float(np.mean([value for _, value in iter_extras(path)])) for path in written]
+        kept = [[value for step, value in iter_extras(path) if step >= first] for path in written]
+        if not all(kept):
+            return None, "no electrode_capacitance was written in the part of the run that is kept; skip less"
+        values = [float(np.mean(bead)) for bead in kept]
         # e²/hartree: the reciprocal converts
         mean = float(np.mean(values) / convert(np.ones(1), "energy", "atomic_unit", "electronvolt")[0])
         return mean, f"the driver's {mean:.5f} e/V at fixed nuclei"

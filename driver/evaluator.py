@@ -46,7 +46,8 @@ class Result(NamedTuple):
         ``output``, ``charges`` [n] (e), ``shells`` [n][3] (bohr, from the core), ``BEC`` [3n][3] (e, row = 3·atom +
         displacement, column = dipole direction), ``polarizability`` [3][3] (bohr³). With electrodes, in the order of
         the settings: ``electrode_charges`` [electrodes] (e), ``electrode_potentials`` [electrodes] (hartree/e),
-        ``electrode_residual`` (hartree/e, the largest), ``capacitive_energy`` (hartree, ½ Σ ψ Q)
+        ``electrode_residual`` (hartree/e, the largest), ``capacitive_energy`` (hartree, ½ Σ ψ Q) and, as asked,
+        ``electrode_capacitance`` (e²/hartree, of two electrodes at fixed nuclei)
     """
 
     energy: float

@@ -68,13 +68,15 @@ def record(response: Response, volume: float, seconds: float) -> dict[str, Any]:
         "shells": response.shells.tolist(),
         "dipole": response.dipole[0].tolist(),
         "electrodes": {
-            name: {key: float(values[key][0]) for key in ("charge", "potential")}
+            name: {key: float(values[key][0]) for key in ("charge", "potential", "residual")}
             for name, values in response.electrodes.items()
         },
         "residual": float(response.residual[0]),
         "iterations": int(response.iterations[0]),
         "seconds": seconds,
     }
+    if response.electrodes:
+        out["capacitive_energy"] = 0.5 * sum(e["charge"] * e["potential"] for e in out["electrodes"].values())
     if response.born_charges is not None:
         out["born_charges"] = response.born_charges.tolist()
     if response.polarizability is not None:

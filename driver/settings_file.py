@@ -168,7 +168,8 @@ def _unknown_key(path: KeyPath, root: type[BaseModel]) -> str:
     known = _known_keys(root)
     shape = ".".join("#" if isinstance(part, int) else str(part) for part in path)
     elsewhere = [k for k in known if k.rpartition(".")[2] == path[-1]]
-    near = elsewhere or difflib.get_close_matches(shape, known, n=1, cutoff=0.6)
+    others = [k for k in known if not shape.startswith(f"{k}.")]  # not what it stands below
+    near = elsewhere or difflib.get_close_matches(shape, others, n=1, cutoff=0.6)
     parent = shape.rpartition(".")[0]
     if near and near[0].rpartition(".")[0] == parent:
         # same place: keep list positions as they were given
@@ -185,10 +186,16 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     for name, info in model.model_fields.items():
         keys.append(prefix + name)
         in_list = get_origin(info.annotation) is tuple
-        for candidate in (info.annotation, *get_args(info.annotation)):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                keys += _known_keys(candidate, f"{prefix}{name}.#." if in_list else f"{prefix}{name}.")
+        for part in _models_in(info.annotation):
+            keys += _known_keys(part, f"{prefix}{name}.#." if in_list else f"{prefix}{name}.")
     return keys
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a value of this type may be, also within unions and Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]
 
 
 def _shown(value: Any) -> str:

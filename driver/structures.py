@@ -188,10 +188,17 @@ def _with_electrodes(systems: Systems, atoms: Atoms, settings: Settings, potenti
     assert potential.charges is not None
     selected = []
     for k, electrode in enumerate(settings.electrodes):
+        key = f"electrodes.{k}.atoms"
         try:
             selected.append(select(electrode.atoms, atoms))
         except InputError as error:
-            raise settings.refusal(f"electrodes.{k}.atoms", f"atoms of electrode {electrode.name}: {error}") from None
+            raise settings.refusal(key, f"atoms of electrode {electrode.name}: {error}") from None
+        if not len(selected[-1]):
+            raise settings.refusal(
+                key,
+                f"electrodes.{electrode.name} has no atoms: its selection, {electrode.atoms}, is that of no atom of "
+                "the start structure; correct it",
+            )
     values = [e.value for e in settings.electrodes]
     try:
         return assign_electrodes(systems, potential.charges.electrodes, selected, values)
@@ -362,13 +369,21 @@ def _refuse_cut_electrodes(atoms: Atoms, electrode: NDArray[np.int64], settings:
     """Raises InputError where a face of a finite-field cell is not behind the electrodes.
 
     The potential jumps at that face: it may cut no electrode, and what lies between the electrodes must lie between
-    them in the cell too.
+    them in the cell too. Electrodes side by side along that direction are no capacitor across it.
     """
     boundary = settings.coulomb.boundary
     if not boundary.startswith("finite-field"):
         return
     d = "xyz".index(boundary[-1])
     along = np.linalg.solve(np.asarray(atoms.cell).T, atoms.positions.T)[d]
+    metal = electrode[np.argsort(along % 1)]
+    metal = metal[metal >= 0]
+    if (metal != np.roll(metal, 1)).sum() > 2:
+        raise settings.refusal(
+            "coulomb.boundary",
+            f"{frame}: the electrodes lie side by side along {'abc'[d]}, not one behind the other, but the potential "
+            "jumps across that direction; use the finite-field direction that leads from one to the other",
+        )
     problem = ""
     for k, part in enumerate(settings.electrodes):
         layers = np.sort(along[electrode == k])
@@ -377,8 +392,8 @@ def _refuse_cut_electrodes(atoms: Atoms, electrode: NDArray[np.int64], settings:
             problem = f"electrode {part.name} is cut by the face of the cell along {'abc'[d]}"
             break
     else:
-        metal, others = along[electrode >= 0], along[electrode < 0]
-        between = ((others > metal.min()) & (others < metal.max())).sum()
+        places, others = along[electrode >= 0], along[electrode < 0]
+        between = ((others > places.min()) & (others < places.max())).sum()
         if 2 * between < len(others):
             problem = f"most atoms between the electrodes lie across the face of the cell along {'abc'[d]}"
     if not problem:
@@ -433,7 +448,11 @@ def _per_atom(
         named = array_of(atoms, value)
         if named is None:
             held = ", ".join(atoms.arrays)
-            raise settings.refusal(key, f"{key} is '{value}' but {frame} has no such per-atom array (it has {held})")
+            raise settings.refusal(
+                key,
+                f"{key} is '{value}' but {frame} has no such per-atom array (it has {held}); add it to the file, or "
+                f"give {key} the name of another",
+            )
         array = named
     else:
         array = np.asarray(value)

@@ -365,9 +365,15 @@ class PQEq:
                 f"no stable point for charges and shells: polarization catastrophe at {where}, whose "
                 f"shell is {reached:.2f} Å from its core; set charges.limiter to fene"
             )
+        failed = f"charges did not converge: residual {residual:.1e} V after {int(solution.products[b])} products"
+        if self.electrodes and reached == 0.0:
+            raise NotConvergedError(
+                f"{failed} (asked {self.tolerance:.1e} V); check for atoms on top of each other, or give the "
+                "electrodes narrower Gaussians (larger eta): those much wider than the distance of their atoms make "
+                "the charge matrix nearly singular"
+            )
         raise NotConvergedError(
-            f"charges did not converge: residual {residual:.1e} V after {int(solution.products[b])} products (asked "
-            f"{self.tolerance:.1e} V); check the structure near {where}, whose shell is "
+            f"{failed} (asked {self.tolerance:.1e} V); check the structure near {where}, whose shell is "
             f"{reached:.2f} Å from its core, or give it a stiffer spring (larger K)"
         )
 

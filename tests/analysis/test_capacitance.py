@@ -149,6 +149,12 @@ def test_responding_electrolytes_need_their_share(tmp_path: Path) -> None:
     known = summary_of(tmp_path / "run")
     assert known.capacitance is not None
     assert known.capacitance[0] == pytest.approx(s.fluctuation[0] + 0.055, rel=1e-6)
+    (tmp_path / "run" / "run.electrode_capacitance_0").write_text(
+        "".join(f" #EXTRAS(electrode_capacitance)# Step:  {5 * f:10d} \n {27.211386 * 1e-3 * f}\n" for f in range(300))
+    )
+    late = summary_of(tmp_path / "run", skip=float(np.ptp(known.series.time)) / 2)
+    assert late.empty == pytest.approx(1e-3 * (late.series.steps / 5).mean(), rel=1e-6)  # of the part that is kept
+    assert late.empty > 0.2
 
 
 def test_a_potentiostat_needs_nothing_added(tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_an_atom_that_leaves_its_window_stays_in_its_electrode() -> None:
     ("electrodes", "words"),
     [
         ([LEFT, {**RIGHT, "atoms": "element Au and z > 4"}], ["atom 4 (Au)", "electrodes.left", "electrodes.right"]),
-        ([LEFT, {**RIGHT, "atoms": "element Pt"}], ["electrodes.right has no atoms"]),
+        ([LEFT, {**RIGHT, "atoms": "element Pt"}], ["electrodes.right has no atoms", "its selection, element Pt"]),
         ([LEFT, {**RIGHT, "atoms": "index 16:19"}], ["electrode right", "index 16:19 is beyond", "18 atoms"]),
         ([LEFT, {**RIGHT, "atoms": [3, 18]}], ["electrode right", "index 18 is no atom"]),
         ([LEFT, {**RIGHT, "atoms": "tag 1"}], ["electrode right", "has no tags"]),
@@ -373,6 +373,12 @@ def test_a_finite_field_cell_that_cuts_an_electrode_names_the_shift(shift: float
         assert mended[name] == pytest.approx(values, abs=1e-6)
 
 
+def test_a_finite_field_in_the_plane_of_the_electrodes_is_refused() -> None:
+    tree = load_settings(overrides={**FINITE, "coulomb": {"boundary": "finite-field-x"}})
+    with pytest.raises(InputError, match=r"electrodes lie side by side along a"):
+        record(tree, capacitor(pbc=True))
+
+
 def test_an_electrode_that_comes_in_two_pieces_is_refused_at_any_step() -> None:
     """As when positions come wrapped, the template's not."""
     atoms = capacitor(pbc=True)
@@ -380,7 +386,7 @@ def test_an_electrode_that_comes_in_two_pieces_is_refused_at_any_step() -> None:
     tree = with_electrodes({**LEFT, "atoms": "index 0:8"}, {**RIGHT, "atoms": "index 8:16"}, base=FINITE)
     evaluator = Evaluator.from_settings(load_settings(overrides=tree), atoms)
     h = np.asarray(atoms.cell).T[None] / BOHR
-    with pytest.raises(InputError, match=r"electrodes\.left spans"):
+    with pytest.raises(InputError, match=r"electrodes\.left lies at both ends of the cell"):
         evaluator.evaluate(h, atoms.get_positions(wrap=True)[None] / BOHR)
     whole = Evaluator.from_settings(load_settings(overrides=tree), atoms)
     first = whole.evaluate(h, atoms.positions[None] / BOHR)[0]
@@ -395,6 +401,16 @@ def test_a_field_along_a_periodic_direction_is_refused() -> None:
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_ase_calculator_passes_on_what_output_asks_for() -> None:
+    atoms = capacitor()
+    atoms.calc = VoltPICalculator(settings(output__capacitance=True))
+    atoms.get_potential_energy()
+    found = atoms.calc.results["capacitance"]
+    moved = [record(settings(with_electrodes(LEFT, {**RIGHT, "potential": v})), atoms) for v in (0.0, 1.0)]
+    charges = [[answer["electrodes"][name]["charge"] for name in ("left", "right")] for answer in moved]
+    np.testing.assert_allclose(found[:, 1], np.subtract(charges[1], charges[0]), atol=1e-9)  # linear
 
 
 def test_extras_are_in_atomic_units_and_in_the_order_of_the_settings() -> None:
@@ -435,7 +451,7 @@ def test_an_electrode_at_a_charge_answers_with_its_potential() -> None:
     charge = at_potentials["right"]["charge"]
     held = with_electrodes(LEFT, {**RIGHT, "potential": None, "charge": charge})
     answer = record(load_settings(overrides=held), atoms)["electrodes"]
-    assert answer["right"] == pytest.approx({"charge": charge, "potential": 0.5}, abs=1e-7)
+    assert answer["right"] == pytest.approx({"charge": charge, "potential": 0.5, "residual": 0.0}, abs=1e-7)
     doubled = result(settings(held, **{"electrodes.right.charge": 2 * charge}), atoms).extras
     assert doubled["electrode_charges"] == pytest.approx([-2 * charge, 2 * charge], abs=1e-9)
     assert doubled["electrode_potentials"][1] > 0.5 / HARTREE
@@ -488,10 +504,14 @@ def test_evaluate_prints_electrodes(folder: Path, capsys: pytest.CaptureFixture[
     arguments = ["evaluate", str(folder / "start.xyz"), "--settings", str(folder / "settings.yaml")]
     arguments += ["--set", "electrodes.right.potential=1.5"]
     assert main([*arguments, "--json"]) == 0
-    electrodes = json.loads(capsys.readouterr().out)["electrodes"]
+    answer = json.loads(capsys.readouterr().out)
+    electrodes = answer["electrodes"]
     assert list(electrodes) == ["left", "right"]
     assert {name: values["potential"] for name, values in electrodes.items()} == {"left": -0.5, "right": 1.5}
-    assert set(electrodes["left"]) == {"charge", "potential"}
+    assert set(electrodes["left"]) == {"charge", "potential", "residual"}
+    assert max(abs(values["residual"]) for values in electrodes.values()) < 1e-8
+    expected = 0.5 * (1.5 * electrodes["right"]["charge"] - 0.5 * electrodes["left"]["charge"])
+    assert answer["capacitive_energy"] == pytest.approx(expected)
     assert main(arguments) == 0
     table = capsys.readouterr().out
     assert f"{electrodes['right']['charge']:.6f} e at 1.5000 V" in table

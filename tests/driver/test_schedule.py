@@ -81,6 +81,7 @@ def test_a_square_wave_jumps_at_its_step_and_not_one_later() -> None:
         ({"ramp": {"start": 0, "rate": 1}}, "electrodes.1.potential.ramp.until is missing"),
         ({"ramp": {"start": 0, "rate": 1, "until": 1, "then": 0}}, "unknown key electrodes.1.potential.ramp.then"),
         ({"saw": {"low": 0}}, "unknown key electrodes.1.potential.saw"),
+        ({"squar": {"low": 0}}, "did you mean electrodes.1.potential.square?"),
         ({}, "give exactly one of ramp, square, cyclic and table"),
         ({"cyclic": {"low": 1, "high": 0, "rate": 1}}, "low must lie below high"),
         ({"cyclic": {"low": 0, "high": 1, "rate": 1, "start": 2}}, "start must lie between low and high"),
