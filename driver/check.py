@@ -29,6 +29,8 @@ __all__ = ["Finding", "check", "default_template", "refuse_starts"]
 # beyond these a run does not conserve energy whatever the potential (fs)
 _LONGEST_TIMESTEP = 5.0
 _LONGEST_TIMESTEP_WITH_HYDROGEN = 1.5
+# extras of a potentiostat, and of voltages that change with time
+_EXTRAS_OF_A_RUN = frozenset({"potentiostat_charge", "potentiostat_target", "step"})
 # a start structure with such a force (eV/Å) explodes in its first steps
 _LARGEST_FORCE = 50.0
 
@@ -56,8 +58,12 @@ def check(path: str | Path, template: str | Path | None = None) -> Iterator[Find
 
 
 def default_template(settings: Path) -> Path:
-    """The start structure of a settings file: ``start.xyz`` beside it. Raises InputError where there is none."""
-    start = settings.parent / "start.xyz"
+    """The start structure of ``settings[-NAME].yaml``: ``start[-NAME].xyz`` beside it, else ``start.xyz`` there.
+
+    Raises InputError where there is none.
+    """
+    own = settings.parent / f"{settings.stem.replace('settings', 'start', 1)}.xyz"  # of settings-NAME.yaml
+    start = own if own.is_file() else settings.parent / "start.xyz"
     if not start.is_file():
         raise InputError(f"{settings}: there is no start.xyz beside it; give the start structure with --template FILE")
     return start
@@ -135,6 +141,47 @@ def _evaluates(settings: Settings, atoms: Atoms, name: str, plan: RunInput | Non
         )
     if response.electrodes:
         yield from _electrodes(evaluator.prepared, settings, response, name)
+        if plan is not None:
+            yield from _free_metal(evaluator.prepared, settings, plan, name)
+    if plan is not None and len(plan.sockets) + len(plan.direct) == 1:
+        given = {*evaluator.extras_of(response, 1)[0], "raw"} | _EXTRAS_OF_A_RUN
+        yield from _extras(sorted(plan.extras - given), settings, name)
+
+
+def _extras(missing: list[str], settings: Settings, name: str) -> Iterator[Finding]:
+    """What the input would print but the drivers will not send: i-PI stops at the first step."""
+    switches = {"BEC": "born_charges", "electrode_capacitance": "capacitance"}
+    for key in missing:
+        option = switches.get(key, key)
+        fix = f"set output.{option}: true" if hasattr(settings.output, option) else "remove that <trajectory>"
+        yield Finding(False, f"{name}: the input prints extra_type='{key}', which these settings do not give; {fix}")
+
+
+def _free_metal(systems: Systems, settings: Settings, plan: RunInput, name: str) -> Iterator[Finding]:
+    """Electrodes that i-PI moves, which they may; but not where nothing but charge acts between their atoms."""
+    assert systems.electrode is not None
+    bare = settings.has_model and settings.short_range is not None
+    for k, part in enumerate(settings.electrodes):
+        own = (systems.electrode == k).nonzero()[:, 0].tolist()
+        free = [atom for atom in own if not {3 * atom, 3 * atom + 1, 3 * atom + 2} <= plan.held]
+        if free and bare:
+            yield Finding(
+                False,
+                f"{name}: {len(free)} of {len(own)} atoms of electrode {part.name} (the first is {free[0]}) are not in "
+                "<fixatoms>, and short_range.pair beside a model gives them nothing that holds them; fix them",
+            )
+        elif free:
+            yield Finding(
+                True,
+                f"hint: {name}: {len(free)} of {len(own)} atoms of electrode {part.name} (the first is {free[0]}) are "
+                "not in <fixatoms> and move",
+            )
+    if len({part.eta is None for part in settings.electrodes}) == 2:
+        yield Finding(
+            True,
+            f"hint: {name}: some electrodes have eta and others do not: between an ideal conductor and a metal with "
+            "PQEq parameters lies the difference of their electronegativities; give all an eta, or chi",
+        )
 
 
 def _ghost(
@@ -200,6 +247,13 @@ def _check_input(path: Path, template: str | Path | None) -> Iterator[Finding]:
     yield from (Finding(True, f"hint: {sentence}") for sentence in plan.advice())
     if atoms is not None:
         yield from _timestep(plan, atoms)
+        beyond = sorted(dof // 3 for dof in plan.held if dof >= 3 * len(atoms))
+        if beyond:
+            yield Finding(
+                False,
+                f"{plan.path.name}: <fixatoms> or <fixatoms_dof> names atom {beyond[-1]} but the start structure has "
+                f"atoms 0 to {len(atoms) - 1}; list those of this structure",
+            )
     yield from _forcefields(plan, atoms)
 
 

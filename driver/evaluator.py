@@ -224,10 +224,11 @@ class Evaluator:
                     f"the {name}{_of(int(bad.argmax()), b)} came out as not a finite number: restart with a shorter "
                     "timestep"
                 )
-        extras = self._extras(response, b)
+        extras = self.extras_of(response, b)
         return [Result(float(energy[i]), forces[i], virial[i], extras[i]) for i in range(b)]
 
-    def _extras(self, response: Response, b: int) -> list[dict[str, Any]]:
+    def extras_of(self, response: Response, b: int) -> list[dict[str, Any]]:
+        """What goes to i-PI beside energy, forces and virial, for each of ``b`` structures."""
         columns: dict[str, Any] = {
             "dipole": _numpy(response.dipole) / BOHR,
             "residual": _numpy(response.residual) / HARTREE,
@@ -245,8 +246,9 @@ class Evaluator:
             columns["BEC"] = _numpy(response.born_charges.transpose(1, 2)).reshape(b, -1, 3)
         if response.polarizability is not None:
             columns["polarizability"] = _numpy(response.polarizability) / BOHR**3
-        if response.capacitance is not None:  # of two electrodes: charge that a volt between them moves
-            columns["electrode_capacitance"] = _numpy(response.capacitance)[:, 1, 1] * HARTREE
+        if response.capacitance is not None:  # of two electrodes: what a volt moves from one to the other
+            c = _numpy(response.capacitance)
+            columns["electrode_capacitance"] = 0.25 * (c[:, 0, 0] - 2 * c[:, 0, 1] + c[:, 1, 1]) * HARTREE
         if response.smallest_curvature is not None:
             columns["smallest_curvature"] = _numpy(response.smallest_curvature) * BOHR**2 / HARTREE
         return [{key: value[i].tolist() for key, value in columns.items()} for i in range(b)]

@@ -115,6 +115,13 @@ class RunInput:
     temperature: float | None = None  # K
     time: float | None = None  # fs, where a checkpoint says it
     masses: tuple[tuple[int, tuple[float, ...]], ...] = ()  # amu, given by hand: (index, one mass) or (-1, all masses)
+    extras: frozenset[str] = frozenset()  # what <trajectory extra_type=…> asks of the drivers
+
+    @property
+    def held(self) -> frozenset[int]:
+        """Degrees of freedom (3·atom + direction) that every ``<motion>`` leaves where they are."""
+        each = [m.fixed_dofs | {3 * atom + d for atom in m.fixed_atoms for d in range(3)} for m in self.motions]
+        return frozenset.intersection(*each) if each else frozenset()
 
     @property
     def folder(self) -> Path:
@@ -194,6 +201,11 @@ def read_input(xml: str | Path) -> RunInput:
         time=_quantity(root.find("system/ensemble/time"), "time", "femtosecond"),
         temperature=_quantity(next(root.iter("temperature"), None), "temperature", "kelvin"),
         masses=tuple(_masses(root)),
+        extras=frozenset(
+            element.get("extra_type", "").strip()
+            for element in root.iter("trajectory")
+            if (element.text or "").strip().startswith("extras") and element.get("extra_type", "").strip()
+        ),
     )
 
 

@@ -391,7 +391,10 @@ class NequIP(nn.Module):
     def _unknown(self, number: int) -> str:
         symbol = chemical_symbols[number] if 0 < number < len(chemical_symbols) else f"atomic number {number}"
         known = ", ".join(chemical_symbols[z] for z in self.species if z)
-        return f"the short-range network does not know {symbol}: it was trained for {known}"
+        return (
+            f"the short-range network does not know {symbol} (where that is an electrode, give short_range.pair beside the "
+            f"model): it was trained for {known}"
+        )
 
 
 def _checked_irreps(hidden_irreps: str, sh_irreps: str) -> tuple[o3.Irreps, o3.Irreps]:
