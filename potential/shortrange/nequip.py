@@ -392,8 +392,8 @@ class NequIP(nn.Module):
         symbol = chemical_symbols[number] if 0 < number < len(chemical_symbols) else f"atomic number {number}"
         known = ", ".join(chemical_symbols[z] for z in self.species if z)
         return (
-            f"the short-range network does not know {symbol} (where that is an electrode, give short_range.pair beside the "
-            f"model): it was trained for {known}"
+            f"the short-range network does not know {symbol} (for an electrode of it, give short_range.pair beside "
+            f"the model): it was trained for {known}"
         )
 
 

@@ -261,7 +261,7 @@ def test_shift_and_scale_by_species() -> None:
 
 def test_unknown_element_is_named() -> None:
     net = network(species=[0, 1, 8], shift=0.0, scale=1.0)
-    with pytest.raises(InputError, match=r"does not know Na: .* H, O$"):
+    with pytest.raises(InputError, match=r"does not know Na \(for an electrode .*\): it was trained for H, O$"):
         net(torch.tensor([1, 11]), *pairs(torch.rand(2, 3, dtype=torch.float64)))
 
 
