@@ -78,12 +78,14 @@ class Spread:
 class Audit:
     """Potentials (V) of the audited frames, electrodes from the lowest to the highest.
 
-    names · recovered [a, e], of the written charges · planar [a, e], the planar average's share of it · stated [a, e],
-    applied, or (no potential applied) what the driver answered, or nan · target [e], what the settings apply, or nan ·
-    unequal [e], the largest difference between an atom and its electrode's mean · without_shells: they were not written
+    names · pair, places in them of the two between which the drop is, the lower one first · recovered [a, e], of the
+    written charges · planar [a, e], the planar average's share of it · stated [a, e], applied, or (no potential
+    applied) what the driver answered, or nan · target [e], what the settings apply, or nan · unequal [e], the largest
+    difference between an atom and its electrode's mean · without_shells: they were not written
     """
 
     names: tuple[str, ...]
+    pair: tuple[int, int]
     recovered: Array
     planar: Array
     stated: Array
@@ -91,20 +93,24 @@ class Audit:
     unequal: Array
     without_shells: bool
 
+    def _across(self, potentials: Array) -> Array:
+        low, high = self.pair
+        return np.asarray(potentials[..., high] - potentials[..., low])
+
     @property
     def drop(self) -> Array:
-        """[a]: highest less lowest, V."""
-        return self.recovered[:, -1] - self.recovered[:, 0]
+        """[a]: upper of the pair less lower, V."""
+        return self._across(self.recovered)
 
     @property
     def stated_drop(self) -> Array:
-        """[a]: highest less lowest, V."""
-        return self.stated[:, -1] - self.stated[:, 0]
+        """[a]: upper of the pair less lower, V."""
+        return self._across(self.stated)
 
     @property
     def target_drop(self) -> float:
-        """Highest less lowest, V."""
-        return float(self.target[-1] - self.target[0])
+        """Upper of the pair less lower, V."""
+        return float(self._across(self.target))
 
     @property
     def difference(self) -> tuple[float, float]:
@@ -116,12 +122,22 @@ class Audit:
 
     @property
     def agrees(self) -> bool:
-        """Whether the recovered drop is the stated one, or, where none is, its mean the target within three errors."""
-        value = self.difference[0]
-        if np.isfinite(value):
-            return bool(abs(value) <= TOLERANCE)
+        """Whether the recovered drop is the stated one, or (none is) its mean the target, within ``tolerance``."""
+        return bool(abs(self._off[0]) <= self.tolerance)
+
+    @property
+    def tolerance(self) -> float:
+        """V: ``TOLERANCE``, or, where the mean is compared with the target, three errors if they are more."""
+        compared, error = np.isfinite(self.difference[0]), self._off[1]
+        return TOLERANCE if compared else max(TOLERANCE, 3.0 * float(np.nan_to_num(error)))
+
+    @property
+    def _off(self) -> tuple[float, float]:
+        """``difference``, or, where none is known, that of the mean drop from the target."""
+        if np.isfinite(self.difference[0]):
+            return self.difference
         mean = mean_with_error(self.drop)
-        return bool(abs(mean.value - self.target_drop) <= max(TOLERANCE, 3.0 * np.nan_to_num(mean.error)))
+        return mean.value - self.target_drop, mean.error
 
     @property
     def _said(self) -> str:
@@ -139,13 +155,14 @@ class Audit:
         return {
             "frames": len(self.recovered),
             "electrodes_low_to_high": list(self.names),
+            "drop_between": [self.names[place] for place in self.pair],
             "recovered_drop_V": drop.value,
             "recovered_drop_error_V": drop.error,
             "stated_drop_V": float(np.nanmean(self.stated_drop)) if np.isfinite(value) else float("nan"),
             "target_drop_V": self.target_drop,
             "difference_V": value,
             "difference_error_V": error,
-            "planar_share_of_drop_V": float((self.planar[:, -1] - self.planar[:, 0]).mean()),
+            "planar_share_of_drop_V": float(self._across(self.planar).mean()),
             "recovered_potentials_V": self.recovered.mean(axis=0).tolist(),
             "largest_difference_within_an_electrode_V": float(self.unequal.max()),
             "shells_known": not self.without_shells,
@@ -154,14 +171,16 @@ class Audit:
 
     def report(self) -> list[str]:
         """Lines for a person."""
-        numbers, (value, error) = self.numbers(), self.difference
+        numbers, (value, error) = self.numbers(), self._off
         drop, planar = numbers["recovered_drop_V"], numbers["planar_share_of_drop_V"]
-        line = f"audit: recovered drop {self.names[-1]} − {self.names[0]} {drop:.6f} V"
+        low, high = (self.names[place] for place in self.pair)
+        line = f"audit: recovered drop {high} − {low} {drop:.6f} V"
         if not self._said:
             line += " (none applied, none written)"
         else:
             line += f" {'agrees with' if self.agrees else 'IS NOT'} {self._said}"
-        lines = [line + (f" (by {plus_minus(value, error, '.1e')} V)" if np.isfinite(value) else "")]
+            line += f" to {self.tolerance:.1g} V (difference {plus_minus(value, error, '.1e')} V)"
+        lines = [line]
         lines.append(
             f"       of it {planar:.4f} V planar average, {drop - planar:+.4f} V along the plane and own; "
             f"{len(self.recovered)} frames"
@@ -227,7 +246,7 @@ def audit_frames(
     if len(setup.electrodes) < 2 or not frames:
         return None
     sizes = np.cumsum([len(electrode.atoms) for electrode in setup.electrodes])[:-1]
-    order = setup.in_order()
+    order, (low, high) = setup.in_order(), setup.pair()
     recovered, planar = np.zeros((2, len(frames), len(setup.electrodes)))
     unequal = np.zeros(len(setup.electrodes))
     for a, beads in enumerate(frames):
@@ -238,6 +257,7 @@ def audit_frames(
             unequal = np.maximum(unequal, [np.abs(x - x.mean()).max() for x in felt])
     return Audit(
         names=tuple(setup.electrodes[k].name for k in order),
+        pair=(order.index(low), order.index(high)),
         recovered=recovered[:, order],
         planar=planar[:, order],
         stated=(potentials if stated is None else stated)[:, order],

@@ -1,7 +1,8 @@
 """Capacitance from the charge of the electrodes: from its fluctuations, and from its change with the voltage.
 
-Q is half the charge of the highest electrode less that of the lowest, the quantity that the voltage Ψ = ψ_high − ψ_low
-acts on: Ω = E − Ψ Q − (mean potential)·(total). Then
+Q is half the charge of the upper electrode of the pair less that of the lower, the quantity that the voltage
+Ψ = ψ_high − ψ_low acts on: Ω = E − Ψ Q − (mean potential)·(total). The pair are the two electrodes of the potentiostat,
+or those that are not at a charge where there are two, else the outermost ones. Then
 
     dQ/dΨ = β ⟨δQ²⟩ + ⟨∂Q/∂Ψ⟩,     the second at fixed nuclei
 
@@ -54,10 +55,11 @@ def variance(series: Array) -> tuple[float, float]:
 class ChargeSummary:
     """What one run says of its electrodes' charge.
 
-    difference [f] and charge: Q (e) of the module's head, its mean; means: those of every electrode · voltage: Ψ (V) as
-    applied, else its mean, nan: not known; answered: its mean along the run, None: not known · fluctuation: β⟨δQ²⟩ with
-    its error, e/V, None where it has no meaning, or without a temperature · empty: ⟨∂Q/∂Ψ⟩, e/V, None: not known;
-    source: where it comes from, or why there is none · area Å² · temperature K
+    difference [f] and charge: Q (e) of the module's head, its mean; means: those of every electrode · potentials: means
+    (V) of the electrodes at a charge, by name, where they are known · voltage: Ψ (V) as applied, else its mean, nan:
+    not known; answered: its mean along the run, None: not known · changing: whether the applied voltage changes with
+    time · fluctuation: β⟨δQ²⟩ with its error, e/V, None where it has no meaning, or without a temperature · empty:
+    ⟨∂Q/∂Ψ⟩, e/V, None: not known; source: where it comes from, or why there is none · area Å² · temperature K
     """
 
     run: Run
@@ -66,13 +68,36 @@ class ChargeSummary:
     difference: Array
     charge: Mean
     means: tuple[Mean, ...]
+    potentials: dict[str, Mean]
     voltage: float
     answered: Mean | None
+    changing: bool
     fluctuation: tuple[float, float] | None
     empty: float | None
     source: str
     area: float
     temperature: float | None
+
+    @property
+    def charge_per_voltage(self) -> tuple[float, float] | None:
+        """⟨Q⟩/Ψ (e/V) with the error of both; None without a voltage, or where it changes with time."""
+        if self.changing or not np.isfinite(self.voltage) or not self.voltage:
+            return None
+        value, error = self.charge.value / self.voltage, self.charge.error
+        if self._measured is not None:
+            error = float(np.hypot(error, value * self._measured.error))
+        return value, error / abs(self.voltage)
+
+    @property
+    def _measured(self) -> Mean | None:
+        """The mean voltage where ``voltage`` is that, and not one that is applied."""
+        low, high = self.setup.pair()
+        return None if np.isfinite(self.setup.targets[high] - self.setup.targets[low]) else self.answered
+
+    @property
+    def caution(self) -> str:
+        """What to say where the error of charge or (if that is what fluctuates) voltage cannot be trusted."""
+        return (self._measured or self.charge).caution
 
     @property
     def capacitance(self) -> tuple[float, float] | None:
@@ -108,9 +133,14 @@ class ChargeSummary:
         }
         if self.answered is not None:
             out |= {"mean_voltage_V": self.answered.value, "mean_voltage_error_V": self.answered.error}
-        if self.voltage:
-            out["charge_per_voltage_e_per_V"] = self.charge.value / self.voltage
-            out["charge_per_voltage_uF_per_cm2"] = self.charge.value / self.voltage * self.per_area
+        if self.potentials:
+            out["electrode_potential_V"] = {name: mean.value for name, mean in self.potentials.items()}
+            out["electrode_potential_error_V"] = {name: mean.error for name, mean in self.potentials.items()}
+        if self.charge_per_voltage is not None:
+            value, error = self.charge_per_voltage
+            out["charge_per_voltage_e_per_V"], out["charge_per_voltage_error_e_per_V"] = value, error
+            out["charge_per_voltage_uF_per_cm2"] = value * self.per_area
+            out["charge_per_voltage_error_uF_per_cm2"] = error * self.per_area
         if self.fluctuation is not None:
             out |= {
                 "beta_variance_e_per_V": self.fluctuation[0],
@@ -136,21 +166,29 @@ class ChargeSummary:
 
     def report(self) -> list[str]:
         """Lines for a person."""
-        guess = "" if self.charge.reliable else " (a guess: fewer than 20 independent samples)"
         lines = [
-            f"charge of {electrode.name:<19}{plus_minus(mean.value, mean.error, '.5f')} e{guess}"
+            f"charge of {electrode.name:<19}{plus_minus(mean.value, mean.error, '.5f')} e{mean.caution}"
             for electrode, mean in zip(self.setup.electrodes, self.means, strict=True)
         ]
-        if np.isfinite(self.voltage) and self.voltage:
-            ratio = self.charge.value / self.voltage, self.charge.error / abs(self.voltage)
-            lines.append(f"charge/voltage               {self._both(*ratio)} at {self.voltage:.6g} V")
-        if self.answered is not None and self.setup.potentiostat is not None:
+        lines += [
+            f"potential of {name:<16}{plus_minus(mean.value, mean.error, '.5f')} V{mean.caution}"
+            for name, mean in self.potentials.items()
+        ]
+        if self.changing:
+            lines.append("charge/voltage               left out: the voltage changes with time")
+        elif self.charge_per_voltage is not None:
+            both = self._both(*self.charge_per_voltage)
+            lines.append(f"charge/voltage               {both} at {self.voltage:.6g} V{self.caution}")
+        if self.answered is not None and (self.setup.potentiostat is not None or self._measured is not None):
             mean = plus_minus(self.answered.value, self.answered.error, ".4f")
-            lines.append(f"mean of the voltage          {mean} V, target {self.voltage:.6g} V")
+            target = f", target {self.voltage:.6g} V" if self._measured is None else ""
+            lines.append(f"mean of the voltage          {mean} V{target}{self.answered.caution}")
         if self.fluctuation is not None:
-            lines.append(f"β⟨δQ²⟩                       {self._both(*self.fluctuation)} at {self.temperature:.6g} K")
+            both = self._both(*self.fluctuation)
+            lines.append(f"β⟨δQ²⟩                       {both} at {self.temperature:.6g} K{self.caution}")
         if self.capacitance is not None:
-            lines.append(f"fluctuation capacitance      {self._both(*self.capacitance)} (with {self.source})")
+            both = self._both(*self.capacitance)
+            lines.append(f"fluctuation capacitance      {both} (with {self.source}){self.caution}")
         elif self.fluctuation is not None:
             lines.append(f"fluctuation capacitance      not known: {self.source}")
         return lines
@@ -173,14 +211,15 @@ def charge_summary(
     if temperature is not None and not temperature > 0.0:
         raise InputError(f"temperature is {temperature:g}: give a positive number in K")
     series = electrode_series(run, setup).after(skip)
-    order = setup.in_order()
-    difference = 0.5 * (series.charges[:, order[-1]] - series.charges[:, order[0]])
-    answered = series.potentials[:, order[-1]] - series.potentials[:, order[0]]
-    target = float(setup.targets[order[-1]] - setup.targets[order[0]])
+    low, high = setup.pair()
+    difference = 0.5 * (series.charges[:, high] - series.charges[:, low])
+    answered = series.potentials[:, high] - series.potentials[:, low]
+    target = float(setup.targets[high] - setup.targets[low])
     voltage = target if np.isfinite(target) else float(answered.mean())
     kelvin = temperature or ensemble_temperature(run.folder, run.outputs) or _measured_temperature(run, series)
     fluctuation = None
     known, source = None, _why_not(setup, difference)
+    held = {e.name: series.potentials[:, k] for k, e in enumerate(setup.electrodes) if e.charge is not None}
     if not source and kelvin is not None:
         value, error = variance(difference)
         fluctuation = value / (BOLTZMANN * kelvin), error / (BOLTZMANN * kelvin)
@@ -193,8 +232,10 @@ def charge_summary(
         difference,
         mean_with_error(difference),
         tuple(mean_with_error(series.charges[:, k]) for k in range(len(setup.electrodes))),
+        {name: mean_with_error(values) for name, values in held.items() if np.isfinite(values).all()},
         voltage,
         mean_with_error(answered) if np.isfinite(answered).all() else None,
+        _changes(setup),
         fluctuation,
         known,
         source,
@@ -230,13 +271,17 @@ def _at_fixed_nuclei(run: Run, setup: Setup, given: float | None, first: int) ->
     return value, f"{value:.5f} e/V of the empty capacitor"
 
 
+def _changes(setup: Setup) -> bool:
+    """Whether a voltage is applied that changes with time."""
+    return any(setup.electrodes[k].charge is None and np.isnan(setup.targets[k]) for k in setup.pair())
+
+
 def _why_not(setup: Setup, difference: Array) -> str:
     """Why fluctuations of the charge say nothing; empty where they do."""
-    order = setup.in_order()
-    outer = [order[0], order[-1]]
-    if any(setup.electrodes[k].charge is not None for k in outer):
+    pair = list(setup.pair())
+    if any(setup.electrodes[k].charge is not None for k in pair):
         return "at constant charge"
-    if np.isnan(setup.targets[outer]).any():
+    if _changes(setup):
         return "the voltage changes with time"
     return "" if len(difference) > 1 else "a single record"
 

@@ -117,6 +117,22 @@ class Setup:
         geometry = self.sum_over(np.asarray(self.start.cell))
         return sorted(range(len(self.electrodes)), key=lambda k: self._height(k, geometry))
 
+    def pair(self) -> tuple[int, int]:
+        """Places of the two electrodes between which the voltage is, the lower one first.
+
+        Those of the potentiostat, or the two that are not at a charge where there are exactly two, or else the lowest
+        and the highest. Raises ValueError for fewer than two electrodes.
+        """
+        order = self.in_order()
+        if len(order) < 2:
+            raise ValueError("a pair needs two electrodes")
+        if self.potentiostat is not None:
+            driven = [k for k in order if k in self.potentiostat[:2]]
+        else:
+            driven = [k for k in order if self.electrodes[k].charge is None]
+        low, high = driven if len(driven) == 2 else (order[0], order[-1])
+        return low, high
+
     def _height(self, electrode: int, geometry: SiteSum) -> float:
         return float((self.start.positions[self.electrodes[electrode].atoms] @ geometry.normal).mean())
 

@@ -17,7 +17,7 @@ _MOST_ATOMS = 4000  # whose matrix is solved densely
 
 
 def empty_capacitance(setup: Setup, positions: Array, cell: Array) -> float:
-    """C_empty (e/V) of the two outer electrodes alone, of atoms at ``positions`` [n, 3] (Å), all others uncharged.
+    """C_empty (e/V) of the setup's ``pair`` of electrodes, of atoms at ``positions`` [n, 3] (Å), without electrolyte.
 
     The charges of electrode atoms solve A q = ψ + λ (+ the field of a jump across the cell) with Σq = 0. Electrodes at
     constant charge keep theirs. Raises InputError for electrodes with shells, or too many atoms.
@@ -28,11 +28,11 @@ def empty_capacitance(setup: Setup, positions: Array, cell: Array) -> float:
     if len(atoms) > _MOST_ATOMS:
         raise InputError(f"the electrodes have {len(atoms)} atoms: give their empty capacitance as --empty (e/V)")
     geometry, sites = setup.sum_over(cell), Sites(positions[atoms], setup.alpha[atoms])
-    n, label, order = len(atoms), setup.labels[atoms], setup.in_order()
+    n, label, (low, high) = len(atoms), setup.labels[atoms], setup.pair()
     matrix = geometry.matrix(sites)
     own = setup.k_e * np.sqrt(2.0 * sites.alpha / np.pi)
     matrix[np.arange(n), np.arange(n)] += setup.hardness[atoms] - own
-    psi = np.where(label == order[-1], 0.5, np.where(label == order[0], -0.5, 0.0))
+    psi = np.where(label == high, 0.5, np.where(label == low, -0.5, 0.0))
     if setup.boundary == "finite-field" and geometry.period is not None:
         psi = psi - setup.heights(sites.positions, geometry) / geometry.period
     held = [k for k, electrode in enumerate(setup.electrodes) if electrode.potential is None]
@@ -41,4 +41,4 @@ def empty_capacitance(setup: Setup, positions: Array, cell: Array) -> float:
     whole = np.zeros((size, size))
     whole[:n, :n], whole[:n, n:], whole[n:, :n] = matrix, constraints.T, constraints
     q = np.linalg.solve(whole, np.concatenate([psi, np.zeros(len(constraints))]))[:n]
-    return float(0.5 * (q[label == order[-1]].sum() - q[label == order[0]].sum()))
+    return float(0.5 * (q[label == high].sum() - q[label == low].sum()))

@@ -55,7 +55,7 @@ def _profiles(density: Axes, charge: Axes, potential: Axes, p: Profiles) -> None
         if p.audit is not None and electrode.name in p.audit.names:
             place = p.audit.names.index(electrode.name)
             level = float(p.audit.recovered[:, place].mean())
-            potential.axhline(level, color=_MANY[k + 1], lw=0.8, ls="--", label=f"{electrode.name} {level:.3f} V")
+            potential.axhline(level, color=_MANY[k], lw=0.8, ls="--", label=f"{electrode.name} {level:.3f} V")
     if p.audit is not None:
         potential.legend(ncols=3, fontsize=7.5)
     for axes in (density, charge, potential):
@@ -165,11 +165,9 @@ def draw_layers(layers: LayerMap, stem: Path, title: str = "") -> list[Path]:
         for axes, layer in zip(panels, inner, strict=False):
             r = setup.start.positions[layer.atoms]
             own = layers.mean[layer.atoms]
-            middle = float(own.mean())
-            spread = max(float(np.abs(own - middle).max()), 1e-12)
+            most = max(float(np.abs(own).max()), 1e-12)
             size = float(np.clip(6000.0 / len(own), 4.0, 160.0))
-            limits = {"vmin": middle - spread, "vmax": middle + spread}
-            points = axes.scatter(r @ u, r @ v, c=own, s=size, cmap="RdBu_r", **limits)
+            points = axes.scatter(r @ u, r @ v, c=own, s=size, cmap="RdBu_r", vmin=-most, vmax=most)
             figure.colorbar(points, ax=axes, label="mean charge (e)", shrink=0.8)
             axes.margins(0.1)
             axes.set(xlabel="along the plane (Å)", aspect="equal")

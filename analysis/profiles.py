@@ -127,8 +127,7 @@ class _Sums:
         self.setup, self.width = setup, width
         self.means: dict[str, BlockedMean] = {}
         self._labels = setup.labels
-        order = setup.in_order()
-        self.outer = (order[0], order[-1]) if len(order) > 1 else None
+        self.pair = setup.pair() if len(setup.electrodes) > 1 else None
 
     def add(self, beads: Sequence[ChargeFrame], potentials: Array) -> None:
         """One step: a frame for every bead, and the potentials [e] (V) that a finite field makes."""
@@ -159,14 +158,14 @@ class _Sums:
         for name, atoms in setup.species:
             counts, _ = np.histogram(heights[atoms], grid.edges)
             out[f"density:{name}"] = counts / (geometry.area * grid.h)
-        if self.outer is None:
+        if self.pair is None:
             return out
-        low, high = (setup.electrodes[k].atoms for k in self.outer)
+        low, high = (setup.electrodes[k].atoms for k in self.pair)
         faces = float(heights[low].max()), float(heights[high].min())
         inner = faces[0] + np.linspace(*_INNER, 200) * (faces[1] - faces[0])
         middle = np.interp(inner, grid.edges, profile.potential).mean()
         out["middle"] = middle
-        for k, atoms in zip(self.outer, (low, high), strict=True):
+        for k, atoms in zip(self.pair, (low, high), strict=True):
             seen = smeared_potential(grid, profile, heights[atoms], setup.alpha[atoms], applied)
             out[f"planar:{k}"] = np.asarray(seen.mean() - middle)
         return out
@@ -208,11 +207,11 @@ def profiles_of(run: Run, setup: Setup, *, skip: float = 0.0, bin_width: float =
 
 
 def _interfaces(sums: _Sums, audit: Audit | None) -> tuple[Interface, ...]:
-    """Double layers at the outer electrodes: planar share from all frames, the rest from the audited ones."""
-    if sums.outer is None or audit is None:
+    """Double layers at the pair of electrodes: planar share from all frames, the rest from the audited ones."""
+    if sums.pair is None or audit is None:
         return ()
     out = []
-    for k, place in zip(sums.outer, (0, -1), strict=True):
+    for k, place in zip(sums.pair, audit.pair, strict=True):
         planar = sums.means[f"planar:{k}"]
         rest = mean_with_error(audit.recovered[:, place] - audit.planar[:, place])
         error = float(np.hypot(planar.error, rest.error))

@@ -48,6 +48,11 @@ class Mean:
         """Whether the error can be trusted: twenty independent samples or more."""
         return self.n_independent >= _ENOUGH
 
+    @property
+    def caution(self) -> str:
+        """What to say behind an error that cannot be trusted, else nothing."""
+        return "" if self.reliable else f" (a guess: fewer than {_ENOUGH} independent samples)"
+
 
 @dataclass(frozen=True)
 class Blocks:

@@ -19,13 +19,17 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class VoltageResponse:
-    """Q (e) with errors at voltages (V) of several runs, the line through them; area Å²."""
+    """Q (e) with errors at voltages (V) of several runs, the line through them; area Å².
+
+    caution: what to say where the error of a run cannot be trusted, else empty
+    """
 
     voltages: Array
     charges: Array
     errors: Array
     line: LinearFit
     area: float
+    caution: str
 
     def numbers(self) -> dict[str, Any]:
         """JSON-able, every key with its unit."""
@@ -38,6 +42,7 @@ class VoltageResponse:
             "capacitance_error_e_per_V": self.line.slope_error,
             "capacitance_uF_per_cm2": self.line.slope * scale,
             "capacitance_error_uF_per_cm2": self.line.slope_error * scale,
+            "error_is_reliable": not self.caution,
             "charge_at_zero_voltage_e": self.line.intercept,
             "charge_at_zero_voltage_error_e": self.line.intercept_error,
         }
@@ -47,12 +52,17 @@ class VoltageResponse:
         scale = MICROFARAD_PER_CM2 / self.area
         slope, error = self.line.slope, self.line.slope_error
         both = f"{plus_minus(slope, error, '.5f')} e/V, {plus_minus(slope * scale, error * scale, '.3f')} µF/cm²"
-        return [f"capacitance dQ/dΨ            {both} ({len(self.voltages)} runs)"]
+        return [f"capacitance dQ/dΨ            {both} ({len(self.voltages)} runs){self.caution}"]
 
 
 def voltage_response(runs: list[ChargeSummary]) -> VoltageResponse:
-    """Straight line through ⟨Q⟩(Ψ). Raises InputError for fewer than two voltages, or other electrodes."""
+    """Straight line through ⟨Q⟩(Ψ).
+
+    Raises InputError for fewer than two voltages, one that is not known or changes, or other electrodes.
+    """
     for summary in runs:
+        if summary.changing:
+            raise InputError(f"{summary.run.folder}: its voltage changes with time; leave it out")
         if not np.isfinite(summary.voltage):
             raise InputError(
                 f"{summary.run.folder}: its voltage is not known; print extra_type='electrode_potentials', or leave it "
@@ -68,6 +78,6 @@ def voltage_response(runs: list[ChargeSummary]) -> VoltageResponse:
     charges = np.array([summary.charge.value for summary in runs])
     errors = np.array([summary.charge.error for summary in runs])
     known = bool(np.all(np.isfinite(errors)) and errors.min() > 0.0)
-    return VoltageResponse(
-        voltages, charges, errors, linear_fit(voltages, charges, errors if known else None), runs[0].area
-    )
+    line = linear_fit(voltages, charges, errors if known else None)
+    caution = next(filter(None, (summary.caution for summary in runs)), "")
+    return VoltageResponse(voltages, charges, errors, line, runs[0].area, caution)

@@ -12,6 +12,7 @@ from ase.io import read
 
 from voltpi.analysis import ANALYSES
 from voltpi.analysis.audit import Spread, audit_of
+from voltpi.analysis.capacitance import charge_summary
 from voltpi.analysis.capacitor import setup_of
 from voltpi.analysis.profiles import profiles_of
 from voltpi.analysis.runs import find_run
@@ -68,10 +69,10 @@ def with_potentiostat(folder: Path, target: float, written: bool) -> Path:
 @pytest.mark.parametrize(
     ("target", "written", "sentence"),
     [
-        (2.0, True, "2.000000 V agrees with the applied 2 V (by"),
-        (1.5, True, "2.000000 V agrees with the written 2 V (by"),
-        (2.0, False, "2.000000 V agrees with the applied 2 V on average"),
-        (1.5, False, "2.000000 V IS NOT the applied 1.5 V on average"),
+        (2.0, True, "2.000000 V agrees with the applied 2 V to 0.001 V (difference "),
+        (1.5, True, "2.000000 V agrees with the written 2 V to 0.001 V (difference "),
+        (2.0, False, "2.000000 V agrees with the applied 2 V on average to 0.001 V (difference "),
+        (1.5, False, "2.000000 V IS NOT the applied 1.5 V on average to 0.001 V (difference 5.0e-01"),
     ],
 )
 def test_potentiostats(tmp_path: Path, target: float, written: bool, sentence: str) -> None:
@@ -121,11 +122,31 @@ CASES = {
 PAIRS = [(c, b) for c in CASES for b in ("slab-z", "finite-field-z", "periodic") if (c, b[:6]) != ("charge", "finite")]
 
 
-@pytest.mark.parametrize(("case", "boundary"), PAIRS)
-def test_what_the_driver_answers_is_recovered(tmp_path: Path, case: str, boundary: str) -> None:
+def answered_run(folder: Path, start: Atoms, settings: str) -> Path:
+    """Two frames that the driver answered."""
     from voltpi.driver.evaluator import Evaluator
     from voltpi.driver.settings import load_settings
 
+    (folder / "settings.yaml").write_text(settings)
+    evaluator = Evaluator.from_settings(load_settings(folder / "settings.yaml"), start)
+    rng = np.random.default_rng(8)
+    frames = []
+    for _ in range(2):
+        r = start.positions + rng.normal(0, 0.03, start.positions.shape)
+        result = evaluator.evaluate(start.cell.array.T[None] / BOHR, r[None] / BOHR)[0]
+        extras = {key: np.array(value) for key, value in result.extras.items()}
+        frame = {
+            "positions": r,
+            "charges": extras["charges"],
+            "totals": extras["electrode_charges"],
+            "potentials": extras["electrode_potentials"] * HARTREE,
+        }
+        frames.append([frame | ({"shells": extras["shells"] * BOHR} if "shells" in extras else {})])
+    return write_run(folder / "run", start, frames, settings)
+
+
+@pytest.mark.parametrize(("case", "boundary"), PAIRS)
+def test_what_the_driver_answers_is_recovered(tmp_path: Path, case: str, boundary: str) -> None:
     start = water_between_gold()
     _, low, high = CASES[case]
     settings = f"""
@@ -137,24 +158,7 @@ electrodes:
 precision: double
 output: {{shells: true}}
 """
-    (tmp_path / "settings.yaml").write_text(settings)
-    evaluator = Evaluator.from_settings(load_settings(tmp_path / "settings.yaml"), start)
-    rng = np.random.default_rng(8)
-    frames = []
-    for _ in range(2):
-        r = start.positions + rng.normal(0, 0.03, start.positions.shape)
-        result = evaluator.evaluate(start.cell.array.T[None] / BOHR, r[None] / BOHR)[0]
-        extras = {key: np.array(value) for key, value in result.extras.items()}
-        frames.append(
-            {
-                "positions": r,
-                "charges": extras["charges"],
-                "shells": extras["shells"] * BOHR,
-                "totals": extras["electrode_charges"],
-                "potentials": extras["electrode_potentials"] * HARTREE,
-            }
-        )
-    run = find_run(write_run(tmp_path / "run", start, [[frame] for frame in frames], settings))
+    run = find_run(answered_run(tmp_path, start, settings))
     setup = setup_of(run, describe_run)
     audit = audit_of(run, setup)
     assert audit is not None
@@ -167,6 +171,50 @@ output: {{shells: true}}
     profiles = profiles_of(run, setup)
     drops = {i.electrode: i.value for i in profiles.interfaces}
     assert drops["high"] - drops["low"] == pytest.approx(audit.drop.mean(), abs=2e-4)
+
+
+def test_a_reference_electrode_is_not_of_the_pair(tmp_path: Path) -> None:
+    """Its atoms are the lowest; the voltage is between the two others."""
+    start = water_between_gold(0)
+    start.pbc = [True, True, False]
+    tags = start.get_tags()
+    tags[start.positions[:, 2] < 2.5] = 3
+    start.set_tags(tags)
+    settings = """
+charges: {model: fixed}
+coulomb: {boundary: slab-z, accuracy: 1.0e-8}
+electrodes:
+  - {name: reference, atoms: "tag 3", eta: 1.8, charge: 0}
+  - {name: left, atoms: "tag 1", eta: 1.8, potential: -0.3}
+  - {name: right, atoms: "tag 2", eta: 1.8, potential: 0.7}
+precision: double
+"""
+    run = find_run(answered_run(tmp_path, start, settings))
+    setup = setup_of(run, describe_run)
+    assert setup.in_order() == [0, 1, 2]
+    assert setup.pair() == (1, 2)
+    audit = audit_of(run, setup)
+    assert audit is not None
+    np.testing.assert_allclose(audit.drop, 1.0, atol=2e-5)
+    assert "recovered drop right − left 1.000" in audit.report()[0]
+    assert audit.numbers()["drop_between"] == ["left", "right"]
+    profiles = profiles_of(run, setup)
+    drops = {i.electrode: i.value for i in profiles.interfaces}
+    assert drops["right"] - drops["left"] == pytest.approx(1.0, abs=2e-4)
+    summary = charge_summary(run, setup)
+    written = np.loadtxt(run.folder / "run.electrode_charges_0", comments="#")
+    assert summary.voltage == 1.0
+    assert summary.charge.value == pytest.approx(0.5 * (written[:, 2] - written[:, 1]).mean())
+    # nothing else holds charge: the geometry says all of it (the atoms shook a little)
+    assert summary.charge_per_voltage is not None
+    assert summary.charge_per_voltage[0] == pytest.approx(summary.empty, rel=5e-3)
+    assert summary.fluctuation is not None
+    mean = audit.recovered[:, audit.names.index("reference")].mean()
+    line = next(line for line in summary.report() if line.startswith("potential of reference"))
+    assert summary.potentials["reference"].error > 0.0
+    shift = audit.recovered[:, audit.names.index("left")].mean() + 0.3  # the audit leaves λ open
+    assert summary.potentials["reference"].value == pytest.approx(mean - shift, abs=2e-5)
+    assert f"{summary.potentials['reference'].value:.5f} ± " in line
 
 
 def test_missing_shells_are_said(tmp_path: Path) -> None:

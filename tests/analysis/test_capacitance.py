@@ -181,6 +181,14 @@ def test_a_voltage_that_changes_has_no_fluctuations(tmp_path: Path) -> None:
     assert s.fluctuation is None
     assert s.source == "the voltage changes with time"
     assert s.voltage == pytest.approx(0.4)
+    assert s.charge_per_voltage is None
+    assert "charge_per_voltage_e_per_V" not in s.numbers()
+    lines = s.report()
+    assert "charge/voltage               left out: the voltage changes with time" in lines
+    assert any(line.startswith("mean of the voltage          0.4000") and "target" not in line for line in lines)
+    other = charge_run(tmp_path / "other", 1.0, n=50)
+    with pytest.raises(InputError, match="its voltage changes with time; leave it out"):
+        analyze(["electrode-charge", str(other), str(folder)])
 
 
 def test_constant_charge_has_no_fluctuations(tmp_path: Path) -> None:
@@ -190,8 +198,52 @@ def test_constant_charge_has_no_fluctuations(tmp_path: Path) -> None:
     s = summary_of(charge_run(tmp_path / "run", 1.0, n=50, settings=settings))
     assert s.fluctuation is None
     assert s.voltage == pytest.approx(1.0)
+    assert s.potentials["left"].value == pytest.approx(-0.5)
     folder = charge_run(tmp_path / "other", 1.0, n=50, write_potentials=False, settings=settings)
     assert np.isnan(summary_of(folder).voltage)
+
+
+@pytest.mark.parametrize("n", [30, 4000])
+def test_at_constant_charge_the_voltage_has_the_error(tmp_path: Path, n: int) -> None:
+    atoms, _, _ = gold("case2_au_ions_dV2_ew2d")
+    settings = (
+        gold_settings("slab-z").replace("potential: -1.0", "charge: -0.4").replace("potential: 1.0", "charge: 0.4")
+    )
+    noise = 0.2 * correlated(n, 6.0, np.random.default_rng(3))
+    frames = [[{"totals": [-0.4, 0.4], "potentials": [-0.3 - x, 0.7 + x]}] for x in noise]
+    s = summary_of(write_run(tmp_path / "run", atoms, frames, settings))
+    error = 2 * 0.2 * np.sqrt(2 * 6.0 / n)
+    assert s.answered is not None
+    assert s.charge_per_voltage is not None
+    if n > 1000:
+        assert s.answered.value == pytest.approx(1.0, abs=3 * error)
+        assert s.answered.error == pytest.approx(error, rel=0.3)
+        assert s.charge_per_voltage[1] == pytest.approx(0.4 * error, rel=0.35)
+    assert s.charge.error == pytest.approx(0.0, abs=1e-12)
+    assert s.charge_per_voltage[0] == pytest.approx(0.4 / s.answered.value)
+    assert s.charge_per_voltage[1] == pytest.approx(0.4 * s.answered.error / s.answered.value**2)
+    voltages = [line for line in s.report() if line.startswith(("charge/voltage", "mean of", "potential of"))]
+    assert len(voltages) == 4
+    assert all("±" in line and "± 0.0000 " not in line for line in voltages)
+    # the charge is exact however few its records, the voltage is not
+    assert all(("a guess" in line) == (n == 30) for line in voltages)
+    assert not any("a guess" in line for line in s.report() if line.startswith("charge of"))
+
+
+def test_guesses_are_called_so(tmp_path: Path) -> None:
+    guess = " (a guess: fewer than 20 independent samples)"
+    few, many = charge_run(tmp_path / "few", 1.0, n=100), charge_run(tmp_path / "many", 2.0)
+    start = ("charge of left", "charge/voltage", "β⟨δQ²⟩", "fluctuation capacitance")
+    for folder, expected in ((few, True), (many, False)):
+        s = summary_of(folder)
+        assert s.charge.reliable != expected
+        lines = [line for line in s.report() if line.startswith(start)]
+        assert len(lines) == 4
+        assert all(line.endswith(guess) == expected for line in lines)
+    for other, expected in ((few, True), (charge_run(tmp_path / "zero", 0.0, seed=1), False)):
+        slope = analyze(["electrode-charge", str(many), str(other), "--out", str(tmp_path)])
+        assert any(line.startswith("capacitance dQ/dΨ") and line.endswith(guess) == expected for line in slope)
+        assert json.loads((tmp_path / "electrode-charge.json").read_text())["error_is_reliable"] != expected
 
 
 def test_slope_over_several_voltages(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from voltpi.analysis.capacitor import charge_frames, setup_of
 from voltpi.analysis.runs import find_run
@@ -139,3 +140,29 @@ def test_analysis_of_capacitors_needs_no_torch() -> None:
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_colours_of_figures(real_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An electrode has one colour on the page; the colour scale of charges has zero in its middle."""
+    from voltpi.analysis import figures_capacitor
+
+    drawn: list[Figure] = []
+
+    def keep(figure: Figure, stem: Path) -> list[Path]:
+        drawn.append(figure)
+        return [stem.with_suffix(".png")]
+
+    monkeypatch.setattr(figures_capacitor, "save_figure", keep)
+    analyze(["capacitor", str(real_run), "--out", str(tmp_path)])
+    analyze(["layers", str(real_run), "--out", str(tmp_path)])
+    page, layers = drawn
+    panels = {axes.get_ylabel(): axes for axes in page.axes}
+    for name in ("left", "right"):
+        colours = [
+            next(str(line.get_color()) for line in panels[label].lines if str(line.get_label()).startswith(f"{name} "))
+            for label in ("potential (V)", "electrode charge (e)")
+        ]
+        assert colours[0] == colours[1]
+    scales = [maps.get_clim() for axes in layers.axes[:2] for maps in axes.collections]
+    assert len(scales) == 2
+    assert all(low == -high < 0.0 for low, high in scales)
