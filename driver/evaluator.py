@@ -247,7 +247,8 @@ class Evaluator:
         if response.polarizability is not None:
             columns["polarizability"] = _numpy(response.polarizability) / BOHR**3
         if response.capacitance is not None:  # of two electrodes: what a volt moves from one to the other
-            c = _numpy(response.capacitance)
+            two = [k for k, e in enumerate(self.settings.electrodes) if e.potential is not None]
+            c = _numpy(response.capacitance)[:, two][:, :, two]
             columns["electrode_capacitance"] = 0.25 * (c[:, 0, 0] - 2 * c[:, 0, 1] + c[:, 1, 1]) * HARTREE
         if response.smallest_curvature is not None:
             columns["smallest_curvature"] = _numpy(response.smallest_curvature) * BOHR**2 / HARTREE

@@ -640,7 +640,7 @@ def _contradictions(s: Settings) -> Iterator[tuple[str, str]]:
             "clusters on a mesh by itself",
         )
     yield from _electrode_contradictions(s)
-    if s.output.capacitance and [e.potential is not None for e in s.electrodes] != [True, True]:
+    if s.output.capacitance and sum(e.potential is not None for e in s.electrodes) != 2:
         yield (
             "output.capacitance",
             "output.capacitance is that between two electrodes at potentials; give these, or set it to false",
