@@ -16,15 +16,16 @@ with η the Gaussian's width parameter, density ∝ exp(−η² r²), l_TF the T
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from ase.data import chemical_symbols, reference_states
 from torch import Tensor
 
+from voltpi.potential.electrostatics.elements import ElementParameters
 from voltpi.potential.errors import InputError
 from voltpi.potential.systems import Systems
 
@@ -176,7 +177,11 @@ def check_electrodes(systems: Systems, electrodes: Sequence[Electrode], finite_f
 
 
 def electrode_rows(
-    system: Systems, electrodes: Sequence[Electrode], parameters: Mapping[str, Any], k_e: float, alpha_of: Any
+    system: Systems,
+    electrodes: Sequence[Electrode],
+    parameters: Mapping[str, ElementParameters],
+    k_e: float,
+    alpha_of: Callable[[ElementParameters], tuple[float, float]],
 ) -> tuple[Tensor, Tensor]:
     """Parameters of electrode atoms: their places [m] in the batch, and rows (chi, eta, Z, K, alpha) [m, 5].
 
