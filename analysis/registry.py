@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +14,13 @@ from voltpi.analysis.capacitor_analyses import (
     analyze_layers,
     analyze_profiles,
 )
+from voltpi.analysis.kinds import AUDIT, BIN, EMPTY, FIELD, SKIP, TEMPERATURE, Analysis, Option
 from voltpi.analysis.output import checked_skip, output_stem, write_results
 from voltpi.potential.errors import InputError
 
 __all__ = ["ANALYSES", "Analysis", "Option", "analyze_field_response", "analyze_polarization"]
 
 # matplotlib, SciPy and ASE are imported inside the functions: listing the analyses costs nothing
-
-
-@dataclass(frozen=True)
-class Option:
-    """An option of an analysis: ``--name`` followed by ``count`` numbers."""
-
-    name: str
-    help: str
-    count: int = 1
-    default: float | tuple[float, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """An analysis: ``run(paths, out, **options)`` writes CSV, JSON and figures and returns a JSON-able dict.
-
-    The dict holds ``report`` (lines for a person), ``figure`` and ``files`` (paths) beside the numbers. With ``out``
-    None the files go beside the run. Wrong input raises InputError. One that ``needs_setup`` takes ``describe``, which
-    says what a run's settings mean for its start structure (``voltpi.analysis.capacitor``): only the driver knows.
-    """
-
-    name: str
-    summary: str
-    run: Callable[..., dict[str, Any]]
-    options: tuple[Option, ...] = ()
-    needs_setup: bool = False
 
 
 def analyze_polarization(
@@ -94,13 +68,6 @@ def analyze_field_response(paths: Sequence[Path], out: Path | None = None, *, sk
     return write_results(stem, numbers, response.report(), header, table, draw_field_response(response, stem))
 
 
-_SKIP = Option("skip", "time at the start to leave out, fs", default=0.0)
-_BIN = Option("bin", "width of bins, Å", default=0.1)
-_AUDIT = Option("audit", "frames in which the potential of the electrodes is summed over all charges", default=20.0)
-_TEMPERATURE = Option("temperature", "in K, where the run's files do not say it")
-_EMPTY = Option("empty", "change of the charge with the voltage at fixed nuclei, e/V, where it cannot be computed")
-_FIELD = Option("field", "the field in V/Å, where the run's files do not say it", count=3)
-
 ANALYSES: dict[str, Analysis] = {
     analysis.name: analysis
     for analysis in (
@@ -108,40 +75,40 @@ ANALYSES: dict[str, Analysis] = {
             "polarization",
             "dipole and polarization along a run; induced dipole per molecule, temperature, drift",
             analyze_polarization,
-            (_FIELD, _SKIP),
+            (FIELD, SKIP),
         ),
         Analysis(
             "field-response",
             "mean dipole against field over several runs; dielectric constant",
             analyze_field_response,
-            (_SKIP,),
+            (SKIP,),
         ),
         Analysis(
             "profiles",
             "densities, charge density, field and potential across a cell; potential drop against the applied one",
             analyze_profiles,
-            (_SKIP, _BIN, _AUDIT),
+            (SKIP, BIN, AUDIT),
             needs_setup=True,
         ),
         Analysis(
             "electrode-charge",
             "charge of electrodes; capacitance from its fluctuations, or from several runs at different voltages",
             analyze_electrode_charge,
-            (_SKIP, _TEMPERATURE, _EMPTY, _AUDIT),
+            (SKIP, TEMPERATURE, EMPTY, AUDIT),
             needs_setup=True,
         ),
         Analysis(
             "layers",
             "charge of electrodes layer by layer and atom by atom",
             analyze_layers,
-            (_SKIP, _AUDIT),
+            (SKIP, AUDIT),
             needs_setup=True,
         ),
         Analysis(
             "capacitor",
             "all three of a run at once, with one page of figures",
             analyze_capacitor,
-            (_SKIP, _BIN, _TEMPERATURE, _EMPTY, _AUDIT),
+            (SKIP, BIN, TEMPERATURE, EMPTY, AUDIT),
             needs_setup=True,
         ),
     )

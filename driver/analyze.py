@@ -30,12 +30,17 @@ def _parser() -> _Parser:
         sub.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: beside the run)")
         sub.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
         for option in analysis.options:
+            if option.kind is bool:
+                sub.add_argument(f"--{option.name}", action="store_true", help=option.help)
+                continue
+            letters = tuple("XYZ"[: option.count]) if 1 < option.count <= 3 else "X"
             sub.add_argument(
                 f"--{option.name}",
-                type=float,
+                type=option.kind,
                 nargs=None if option.count == 1 else option.count,
                 default=option.default,
-                metavar="X" if option.count == 1 else tuple("XYZ"[: option.count]) if option.count <= 3 else "X",
+                choices=option.choices,
+                metavar=None if option.choices else letters,
                 help=option.help,
             )
     return parser
