@@ -1,0 +1,134 @@
+"""Other people's models as the short range: ``short_range: {foundation: NAME}``.
+
+    sevennet-0 | sevennet-l3i5 | sevennet:PATH   SevenNet: Park et al., J. Chem. Theory Comput. 20, 4857 (2024)
+    chgnet | chgnet-r2scan                       CHGNet: Deng et al., Nat. Mach. Intell. 5, 1031 (2023)
+    mace:PATH                                    MACE: Batatia et al., NeurIPS (2022)
+    ase:MODULE:FUNCTION                          any ASE calculator: FUNCTION() of MODULE returns it
+
+A model of the first kind (:class:`EdgeModel`) is given the neighbours that the rest of VoltPI uses and answers with
+energies of atoms, for a whole batch at once; forces and virial are the derivative by the vectors of its pairs. One of
+the second kind (:class:`WholeModel`) answers energy, forces and virial structure by structure.
+
+These models hold the electrostatics of zero field in themselves. Charges beside them are therefore *response only*
+(``voltpi.potential.model.Potential``).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from ase.data import chemical_symbols
+from torch import Tensor, nn
+
+from voltpi.potential.errors import InputError
+from voltpi.potential.systems import Systems
+
+__all__ = ["EdgeModel", "WholeModel", "import_package", "load_foundation"]
+
+
+class EdgeModel(nn.Module):
+    """A foundation model that is a function of pairs; see ``forward``.
+
+    Attributes: ``name``, ``cutoff`` (Å), ``dtype`` of its arithmetic, ``elements`` (atomic numbers that it knows).
+    """
+
+    takes_shifts: ClassVar[bool] = True
+
+    def __init__(self, name: str, cutoff: float, dtype: torch.dtype, elements: frozenset[int]) -> None:
+        super().__init__()
+        self.name, self.cutoff, self.dtype, self.elements = name, cutoff, dtype, elements
+
+    def forward(self, numbers: Tensor, index: Tensor, vectors: Tensor, shift: Tensor) -> Tensor:
+        """Atomic energies [n] (eV) from numbers [n] and pairs: index [2, e] (centre, neighbour), vectors r_j − r_i
+        [e, 3] (Å) and the image of each neighbour, shift [e, 3].
+
+        Raises InputError for an element that the model does not know.
+        """
+        check_elements(self.name, self.elements, numbers)
+        return self.atomic_energies(numbers, index, vectors, shift)
+
+    def atomic_energies(self, numbers: Tensor, index: Tensor, vectors: Tensor, shift: Tensor) -> Tensor:
+        """As ``forward``, for elements that are known."""
+        raise NotImplementedError
+
+
+class WholeModel:
+    """A model that answers for one structure at a time."""
+
+    name: str
+    dtype: torch.dtype = torch.float64
+
+    def evaluate(self, systems: Systems) -> tuple[Tensor, Tensor, Tensor]:
+        """Energy [b] (eV), forces [n, 3] (eV/Å) and virial [b, 3, 3] (eV, −∂E/∂strain)."""
+        raise NotImplementedError
+
+
+def check_elements(name: str, known: frozenset[int], numbers: Tensor) -> None:
+    """Raises InputError for an element that a model does not know."""
+    missing = sorted(set(numbers.unique().tolist()) - known)
+    if missing:
+        symbols = ", ".join(chemical_symbols[z] for z in missing)
+        raise InputError(f"{name} does not know {symbols}: use another short_range.foundation for this structure")
+
+
+def import_package(module: str, package: str, extra: str, name: str) -> Any:
+    """A module of an optional package. Raises InputError that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"short_range.foundation is {name}, which needs the package {package} ({error}): "
+            f"pip install 'voltpi[{extra}]'"
+        ) from None
+
+
+def load_foundation(name: str, *, precision: str = "mixed") -> EdgeModel | WholeModel:
+    """The model that ``short_range.foundation`` names; ``precision: double`` makes its arithmetic float64.
+
+    Raises InputError for an unknown name, a package that is not installed, and a file that is missing.
+    """
+    kind, _, rest = name.partition(":")
+    dtype = torch.float64 if precision == "double" else torch.float32
+    if kind not in _LOADERS or (kind in _NEED_MORE) != bool(rest):
+        forms = "sevennet-0 | sevennet-l3i5 | sevennet:PATH | chgnet | chgnet-r2scan | mace:PATH | ase:module:function"
+        raise InputError(f"short_range.foundation is '{name}': choose {forms}")
+    return _LOADERS[kind](name, rest, dtype)
+
+
+def _sevennet(name: str, rest: str, dtype: torch.dtype) -> EdgeModel:
+    from voltpi.potential.shortrange.sevennet import SevenNet
+
+    return SevenNet.load(name, rest, dtype)
+
+
+def _chgnet(name: str, rest: str, dtype: torch.dtype) -> EdgeModel:
+    from voltpi.potential.shortrange.chgnet import CHGNet
+
+    return CHGNet.load(name, dtype)
+
+
+def _mace(name: str, rest: str, dtype: torch.dtype) -> EdgeModel:
+    from voltpi.potential.shortrange.mace import MACE
+
+    return MACE.load(name, rest, dtype)
+
+
+def _ase(name: str, rest: str, dtype: torch.dtype) -> WholeModel:
+    from voltpi.potential.shortrange.ase_calculator import ASEModel
+
+    return ASEModel.load(name, rest)
+
+
+_LOADERS: dict[str, Callable[[str, str, torch.dtype], EdgeModel | WholeModel]] = {
+    "sevennet-0": _sevennet,
+    "sevennet-l3i5": _sevennet,
+    "sevennet": _sevennet,
+    "chgnet": _chgnet,
+    "chgnet-r2scan": _chgnet,
+    "mace": _mace,
+    "ase": _ase,
+}
+_NEED_MORE = ("sevennet", "mace", "ase")
