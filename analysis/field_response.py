@@ -12,6 +12,7 @@ A straight line is right for small fields only: p·ε ≪ k_B T, which for water
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,12 +112,12 @@ def _without_error(mean: Mean, before: str, after: str = "") -> str:
     return f"{before}no error from one record{after}" if mean.n == 1 else ""
 
 
-def summarize(run: Run, skip: float = 0.0) -> RunSummary:
-    """Means and drift of one run without its first ``skip`` fs.
+def summarize(run: Run, skip: float = 0.0, charges: str | Path | None = None) -> RunSummary:
+    """Means and drift of one run without its first ``skip`` fs; ``charges``: see ``polarization_of``.
 
     Raises InputError when the run's files do not hold what is needed, with the tag to add.
     """
-    polarization = polarization_of(run).after(skip)
+    polarization = polarization_of(run, charges).after(skip)
     n_atoms = len(next(read_trajectory(run.positions[0])).atoms)
     components = [mean_with_error(polarization.dipole[:, k]) for k in range(3)]
     induced = None

@@ -18,19 +18,26 @@ from ase.io import iread
 from ipi.utils.io.backends.io_xyz import read_xyz
 from ipi.utils.units import unit_to_internal, unit_to_user
 from numpy.typing import NDArray
+from scipy import constants
 
 from voltpi.potential.errors import InputError
 
 __all__ = [
     "Extras",
+    "Forces",
     "Frame",
     "Properties",
+    "Vectors",
+    "Velocities",
     "convert",
     "file_kind",
     "iter_extras",
     "read_extras",
+    "read_forces",
     "read_properties",
     "read_trajectory",
+    "read_vectors",
+    "read_velocities",
 ]
 
 Array = NDArray[np.float64]
@@ -40,6 +47,16 @@ _UNIT = re.compile(r"\{([^}]*)\}")
 _EXTRAS = re.compile(r"^\s*#EXTRAS(?:_BIAS)?\(([^)]*)\)#\s*Step:\s*(\d+)")
 _STEP = re.compile(r"Step:\s*(\d+)")
 _QUANTITY = re.compile(r"(\w+)\{(\w+)\}\s+cell\{(\w+)\}")
+# as i-PI writes them
+_NAMES = {
+    "positions": ("positions",),
+    "velocities": ("velocities", "v_centroid"),
+    "forces": ("forces",),
+    "kinetic_cv": ("kinetic_cv",),
+    "r_gyration": ("r_gyration",),
+}
+_ATOMIC_VELOCITY = constants.value("atomic unit of velocity") * 1e-5
+"""Å/fs in one atomic unit of velocity."""
 
 
 def convert(value: Array | float, family: str, unit: str, to: str) -> Array:
@@ -187,64 +204,140 @@ def read_trajectory(path: str | Path) -> Iterator[Frame]:
     Frames that go back in time (a restart that wrote steps again) are left out. Raises InputError for a file that holds
     no positions.
     """
+    for frame, _ in _forwards(Path(path), "positions"):
+        yield frame
+
+
+@dataclass(frozen=True)
+class Velocities:
+    """One frame of velocities: ``step``, atomic ``numbers`` [n] and ``values`` [n, 3] in Å/fs."""
+
+    step: int | None
+    numbers: NDArray[np.int64]
+    values: Array
+
+
+def read_velocities(path: str | Path) -> Iterator[Velocities]:
+    """Frames of ``<trajectory> velocities </trajectory>`` (or ``v_centroid``), as ``read_trajectory`` reads positions.
+
+    Raises InputError for a file that holds something else.
+    """
+    for frame, unit in _forwards(Path(path), "velocities"):
+        values = convert(frame.atoms.arrays["velocities"], "velocity", unit, "atomic_unit")
+        yield Velocities(frame.step, frame.atoms.numbers, values * _ATOMIC_VELOCITY)
+
+
+@dataclass(frozen=True)
+class Forces:
+    """One frame of forces: ``step``, ``symbols`` [n] of the elements and ``values`` [n, 3] in eV/Å."""
+
+    step: int | None
+    symbols: list[str]
+    values: Array
+
+
+def read_forces(path: str | Path) -> Iterator[Forces]:
+    """Frames of ``<trajectory> forces </trajectory>``, as ``read_trajectory`` reads positions.
+
+    Raises InputError for a file that holds something else.
+    """
+    for frame, unit in _forwards(Path(path), "forces"):
+        values = convert(frame.atoms.arrays["forces"], "force", unit, "ev/ang")
+        yield Forces(frame.step, list(frame.atoms.symbols), values)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """One frame of another quantity that i-PI knows of each atom: ``symbols`` [n], ``values`` [n, 3] in ``unit``."""
+
+    step: int | None
+    symbols: list[str]
+    values: Array
+    unit: str
+
+    def in_unit(self, family: str, to: str) -> Array:
+        """The values in another unit of their family (``energy``, ``length``)."""
+        return convert(self.values, family, self.unit, to)
+
+
+def read_vectors(path: str | Path) -> Iterator[Vectors]:
+    """Frames of ``<trajectory> kinetic_cv </trajectory>`` or ``r_gyration``, as ``read_trajectory`` reads positions.
+
+    Raises InputError for a file that holds something else.
+    """
     path = Path(path)
+    what = file_kind(path)
+    if what not in ("kinetic_cv", "r_gyration"):
+        raise InputError(f"{path}: holds {what or 'no trajectory'}; give the trajectory of kinetic_cv or r_gyration")
+    for frame, unit in _forwards(path, what):
+        yield Vectors(frame.step, list(frame.atoms.symbols), frame.atoms.arrays[what], unit)
+
+
+def _forwards(path: Path, what: str) -> Iterator[tuple[Frame, str]]:
+    """Frames of positions, velocities or forces, each with its unit, without those that go back in time."""
     latest = -1
-    frames = _read_extxyz(path) if path.suffix == ".extxyz" or "Properties=" in _head(path) else _read_ipi_xyz(path)
-    for frame in frames:
+    extended = path.suffix == ".extxyz" or "Properties=" in _head(path)
+    for frame, unit in _read_extxyz(path, what) if extended else _read_ipi_xyz(path, what):
         if frame.step is not None:
             if frame.step <= latest:
                 continue
             latest = frame.step
-        yield frame
+        yield frame, unit
     if latest < 0 and not _head(path):
         raise InputError(f"{path}: is empty; let the run write at least one frame")
 
 
-def _read_extxyz(path: Path) -> Iterator[Frame]:
+def _read_extxyz(path: Path, what: str) -> Iterator[tuple[Frame, str]]:
     try:
         for atoms in iread(str(path), index=":", format="extxyz"):
             comment = str(atoms.info.get("ipi_comment", ""))
             quantity = _QUANTITY.search(comment)
-            if quantity and quantity[1] != "positions":
-                raise InputError(f"{path}: holds {quantity[1]}, not positions; give the trajectory of positions")
-            yield Frame(_step(comment), atoms)
+            if quantity or what != "positions":
+                _check(path, quantity, what)
+            yield Frame(_step(comment), atoms), quantity[2] if quantity else "ase"
     except (OSError, ValueError, KeyError, StopIteration) as error:
         if isinstance(error, InputError):
             raise
         return  # the last frame was cut short
 
 
-def _read_ipi_xyz(path: Path) -> Iterator[Frame]:
+def _read_ipi_xyz(path: Path, what: str) -> Iterator[tuple[Frame, str]]:
     with path.open() as file:
         while True:
             try:
-                comment, h, positions, names, _ = read_xyz(file)
+                comment, h, values, names, _ = read_xyz(file)
             except (EOFError, StopIteration, IndexError, ValueError):
                 return
             if len(names) != np.count_nonzero(names):
                 return
-            quantity = _QUANTITY.search(comment)
-            if quantity is None or quantity[1] != "positions":
-                what = quantity[1] if quantity else "something without 'positions{unit} cell{unit}' in its comment"
-                raise InputError(f"{path}: holds {what}, not positions; give the trajectory of positions")
-            atoms = Atoms(
-                [str(name) if name in atomic_numbers else "X" for name in names],
-                positions=convert(positions.reshape(-1, 3), "length", quantity[2], "angstrom"),
-                cell=convert(h.T, "length", quantity[3], "angstrom"),
-                pbc=True,
-            )
-            yield Frame(_step(comment), atoms)
+            quantity = _check(path, _QUANTITY.search(comment), what)
+            symbols = [str(name) if name in atomic_numbers else "X" for name in names]
+            atoms = Atoms(symbols, cell=convert(h.T, "length", quantity[3], "angstrom"), pbc=True)
+            if what == "positions":
+                atoms.positions = convert(values.reshape(-1, 3), "length", quantity[2], "angstrom")
+            else:
+                atoms.new_array(what, values.reshape(-1, 3))
+            yield Frame(_step(comment), atoms), quantity[2]
+
+
+def _check(path: Path, quantity: re.Match[str] | None, what: str) -> re.Match[str]:
+    """The quantity of a frame. Raises InputError for another than ``what``."""
+    if quantity is None or quantity[1] not in _NAMES[what]:
+        holds = quantity[1] if quantity else f"something without '{what}{{unit}} cell{{unit}}' in its comment"
+        raise InputError(f"{path}: holds {holds}, not {what}; give the trajectory of {what}")
+    return quantity
 
 
 def file_kind(path: Path) -> str:
-    """``properties``, ``positions``, ``extras:NAME`` or "" by what the first lines say."""
+    """``properties``, ``positions``, ``velocities``, ``forces``, ``extras:NAME`` or "" by what the first lines say."""
     head = _head(path)
     extras = _EXTRAS.match(head)
     if extras:
         return f"extras:{extras[1]}"
     if re.search(r"^# *(column|cols\.) +\d", head, re.MULTILINE):
         return "properties"
-    return "positions" if re.search(r"Step:.*positions\{", head) else ""
+    trajectory = re.search(r"Step:.*?(\w+)\{\w+\}\s+cell\{", head)
+    return next((kind for kind, names in _NAMES.items() if trajectory and trajectory[1] in names), "")
 
 
 def _head(path: Path) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["AUDIT", "BIN", "EMPTY", "FIELD", "SKIP", "TEMPERATURE", "Analysis", "Option"]
+__all__ = ["AUDIT", "BIN", "CHARGES", "EMPTY", "FIELD", "SKIP", "TEMPERATURE", "Analysis", "Option"]
 
 
 @dataclass(frozen=True)
@@ -46,3 +46,4 @@ AUDIT = Option("audit", "frames in which the potential of the electrodes is summ
 TEMPERATURE = Option("temperature", "in K, where the run's files do not say it")
 EMPTY = Option("empty", "change of the charge with the voltage at fixed nuclei, e/V, where it cannot be computed")
 FIELD = Option("field", "the field in V/Å, where the run's files do not say it", count=3)
+CHARGES = Option("charges", "file of charges (e): CSV element,charge, or extended XYZ with initial_charges", kind=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,12 @@ def output_stem(out: Path | None, beside: Path, name: str) -> Path:
 
 
 def write_results(
-    stem: Path, numbers: dict[str, Any], report: list[str], header: list[str], table: np.ndarray, figures: list[Path]
+    stem: Path,
+    numbers: dict[str, Any],
+    report: list[str],
+    header: list[str],
+    table: Iterable[Sequence[float | str]] | np.ndarray,
+    figures: list[Path],
 ) -> dict[str, Any]:
     """Writes STEM.csv and STEM.json; the numbers with ``report``, ``figure`` and ``files`` beside them."""
     table_file = write_table(stem, header, table)
@@ -42,13 +48,13 @@ def write_results(
     return numbers | {"report": report, "figure": str(figures[0]), "files": [str(path) for path in files]}
 
 
-def write_table(stem: Path, header: list[str], table: np.ndarray) -> Path:
-    """Writes STEM.csv."""
+def write_table(stem: Path, header: list[str], table: Iterable[Sequence[float | str]] | np.ndarray) -> Path:
+    """Writes STEM.csv, numbers with ten digits."""
     path = stem.with_suffix(".csv")
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
-        writer.writerows([f"{x:.10g}" for x in row] for row in table)
+        writer.writerows([x if isinstance(x, str) else f"{x:.10g}" for x in row] for row in table)
     return path
 
 

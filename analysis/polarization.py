@@ -5,9 +5,9 @@ In a periodic cell M is defined modulo e times lattice vectors (R. D. King-Smith
 takes the branch nearest to the one before, in units of the cell (so the cell may change). Valid while M moves by less
 than half a quantum, and every atom by less than half a cell, between records.
 
-M comes from the driver's ``dipole`` (e·bohr; charges and shells) or, where that was not written, from charges and
-positions: M = Σ q_i r_i with molecules made whole in the first frame and atoms followed from there. The second way
-lacks the shells' share −Σ Z_i Δ_i.
+M comes from the driver's ``dipole`` (e·bohr; charges and shells) or, where that was not written or other charges are
+given, from charges (``voltpi.analysis.charges_of``) and positions: M = Σ q_i r_i with molecules made whole in the first
+frame and atoms followed from there. The second way lacks the shells' share −Σ Z_i Δ_i.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ase import Atoms
 from numpy.typing import NDArray
 from scipy import constants
 
+from voltpi.analysis.charges_of import AtomCharges, charges_of_beads, has_fixed_charges
 from voltpi.analysis.ipi_files import Extras, convert, read_extras, read_trajectory
 from voltpi.analysis.molecules import molecules_of, whole
 from voltpi.analysis.runs import Run
@@ -85,28 +86,26 @@ class Polarization:
         )
 
 
-def polarization_of(run: Run) -> Polarization:
+def polarization_of(run: Run, charges: str | Path | None = None) -> Polarization:
     """M along a run from its files; beads of a ring polymer are averaged.
 
-    Raises InputError when the run wrote no positions (which give cell and molecules), or neither dipoles nor charges.
+    ``charges``: a file of charges (``voltpi.analysis.charges_of.read_charges``), which make M in place of the driver's
+    dipole. Raises InputError when the run wrote no positions (which give cell and molecules), or where neither dipoles
+    nor charges are known.
     """
     if not run.positions:
         raise InputError(f"{run.folder}: no trajectory of positions; add <trajectory> positions </trajectory>")
     dipoles = run.extras.get("dipole")
-    charges = run.extras.get("charges")
-    if dipoles:
+    if dipoles and charges is None:
         beads = [_from_dipoles(run, read_extras(path), run.positions[0]) for path in dipoles]
-    elif charges:
-        if len(charges) != len(run.positions):
-            raise InputError(
-                f"{run.folder}: charges of {len(charges)} beads but positions of {len(run.positions)}; "
-                "print both for the same beads"
-            )
-        beads = [_from_charges(run, q, r) for q, r in zip(map(read_extras, charges), run.positions, strict=True)]
     else:
-        raise InputError(
-            f"{run.folder}: neither dipoles nor charges; add <trajectory extra_type='dipole'> extras </trajectory>"
-        )
+        if charges is None and not run.extras.get("charges") and not has_fixed_charges(run):
+            raise InputError(
+                f"{run.folder}: neither dipoles nor charges; add <trajectory extra_type='dipole'> extras "
+                "</trajectory>, or give --charges FILE"
+            )
+        sources = charges_of_beads(run, charges)
+        beads = [_from_charges(run, q, r) for q, r in zip(sources, run.positions, strict=True)]
     n = min(len(bead.steps) for bead in beads)
     first = beads[0]
     return Polarization(
@@ -137,8 +136,7 @@ def _from_dipoles(run: Run, extras: Extras, positions: Path) -> Polarization:
     )
 
 
-def _from_charges(run: Run, charges: Extras, positions: Path) -> Polarization:
-    place = {int(step): i for i, step in enumerate(charges.steps)}
+def _from_charges(run: Run, charges: AtomCharges, positions: Path) -> Polarization:
     steps, dipoles, volumes, n_molecules = [], [], [], 0
     follow: Follower | None = None
     for frame in read_trajectory(positions):
@@ -148,11 +146,11 @@ def _from_charges(run: Run, charges: Extras, positions: Path) -> Polarization:
             n_molecules = int(molecules_of(frame.atoms).max()) + 1
             follow(whole(frame.atoms), cell)
         r = follow(frame.atoms.positions, cell)
-        if frame.step not in place:
+        q = charges.at(frame.step, len(r))
+        if q is None:
             continue
-        q = charges.values[place[frame.step]]
-        if q.shape != (len(r),):
-            raise InputError(f"{charges.path}: {q.size} charges but {positions.name} has {len(r)} atoms")
+        if frame.step is None:
+            raise InputError(f"{positions}: its frames do not say their step; give a trajectory that i-PI wrote")
         steps.append(frame.step)
         dipoles.append(q @ r)
         volumes.append(frame.atoms.get_volume())
@@ -164,7 +162,7 @@ def _from_charges(run: Run, charges: Extras, positions: Path) -> Polarization:
         np.array(dipoles),
         np.array(volumes),
         n_molecules,
-        "charges and positions (without shells)",
+        f"{charges.source} and positions (without shells)",
     )
 
 

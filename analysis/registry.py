@@ -8,14 +8,21 @@ from typing import Any
 
 import numpy as np
 
+from voltpi.analysis.absorption_analyses import ABSORPTION
 from voltpi.analysis.capacitor_analyses import (
     analyze_capacitor,
     analyze_electrode_charge,
     analyze_layers,
     analyze_profiles,
 )
-from voltpi.analysis.kinds import AUDIT, BIN, EMPTY, FIELD, SKIP, TEMPERATURE, Analysis, Option
+from voltpi.analysis.chemiscope_analyses import CHEMISCOPE
+from voltpi.analysis.dielectric_analyses import DIELECTRIC
+from voltpi.analysis.dipole_analyses import DIPOLES
+from voltpi.analysis.kinds import AUDIT, BIN, CHARGES, EMPTY, FIELD, SKIP, TEMPERATURE, Analysis, Option
 from voltpi.analysis.output import checked_skip, output_stem, write_results
+from voltpi.analysis.quantum_analyses import QUANTUM
+from voltpi.analysis.spectra_analyses import SPECTRA
+from voltpi.analysis.transport_analyses import TRANSPORT
 from voltpi.potential.errors import InputError
 
 __all__ = ["ANALYSES", "Analysis", "Option", "analyze_field_response", "analyze_polarization"]
@@ -24,12 +31,17 @@ __all__ = ["ANALYSES", "Analysis", "Option", "analyze_field_response", "analyze_
 
 
 def analyze_polarization(
-    paths: Sequence[Path], out: Path | None = None, *, field: Sequence[float] | None = None, skip: float = 0.0
+    paths: Sequence[Path],
+    out: Path | None = None,
+    *,
+    field: Sequence[float] | None = None,
+    skip: float = 0.0,
+    charges: str | None = None,
 ) -> dict[str, Any]:
     """Dipole and polarization along one run, its mean induced dipole per molecule, temperature and drift.
 
-    ``paths``: one run's folder or files. ``field`` (V/Å) replaces that of the run's files; the first ``skip`` fs are
-    left out of everything. Writes polarization.csv, .json, .png and .svg.
+    ``paths``: one run's folder or files. ``field`` (V/Å) replaces that of the run's files, ``charges`` (a file) the
+    driver's dipole; the first ``skip`` fs are left out of everything. Writes polarization.csv, .json, .png and .svg.
     """
     from voltpi.analysis.field_response import summarize
     from voltpi.analysis.figures import draw_polarization
@@ -38,7 +50,7 @@ def analyze_polarization(
     runs = find_runs(list(paths), field)
     if len(runs) != 1:
         raise InputError(f"polarization is of one run, but {len(runs)} were given: call it for each")
-    summary = summarize(runs[0], checked_skip(skip))
+    summary = summarize(runs[0], checked_skip(skip), charges)
     p = summary.polarization
     stem = output_stem(out, runs[0].folder, "polarization")
     table = np.column_stack([p.steps, p.time, p.dipole, p.density, p.volume])
@@ -56,10 +68,11 @@ def analyze_field_response(paths: Sequence[Path], out: Path | None = None, *, sk
     from voltpi.analysis.runs import find_runs
 
     files = [path for path in paths if not path.is_dir()]
-    if files or len(paths) < 2:
+    runs = [] if files else find_runs(list(paths))
+    if len(runs) < 2:
         wrong = f"{files[0]} is no folder" if files else "only one was given"
         raise InputError(f"field-response takes two or more folders of runs at different fields, but {wrong}")
-    summaries = [summarize(run, checked_skip(skip)) for run in find_runs(list(paths))]
+    summaries = [summarize(run, checked_skip(skip)) for run in runs]
     response = field_response(summaries)
     stem = output_stem(out, paths[0].resolve().parent, "field-response")
     numbers = response.numbers() | {"runs": [summary.numbers() for summary in summaries]}
@@ -75,7 +88,7 @@ ANALYSES: dict[str, Analysis] = {
             "polarization",
             "dipole and polarization along a run; induced dipole per molecule, temperature, drift",
             analyze_polarization,
-            (FIELD, SKIP),
+            (FIELD, SKIP, CHARGES),
         ),
         Analysis(
             "field-response",
@@ -111,5 +124,12 @@ ANALYSES: dict[str, Analysis] = {
             (SKIP, BIN, TEMPERATURE, EMPTY, AUDIT),
             needs_setup=True,
         ),
+        *SPECTRA,
+        *DIPOLES,
+        *QUANTUM,
+        *ABSORPTION,
+        *DIELECTRIC,
+        *TRANSPORT,
+        *CHEMISCOPE,
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator
@@ -12,9 +13,10 @@ from typing import Any
 from ipi.utils.io.inputs.io_xml import read_dict
 from ipi.utils.units import unit_to_internal, unit_to_user
 
+from voltpi.analysis.ipi_xml import fill_templates, forcefields
 from voltpi.potential.errors import InputError
 
-__all__ = ["Given", "ensemble_temperature", "given_to_drivers"]
+__all__ = ["Given", "ensemble_temperature", "given_to_drivers", "simulations"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def given_to_drivers(folder: Path, outputs: Iterable[Path]) -> list[Given]:
 def ensemble_temperature(folder: Path, outputs: Iterable[Path]) -> float | None:
     """K, as the run's i-PI input says; None without an input, or where two of them disagree."""
     found = []
-    for _, root in _simulations(folder, [path.name for path in outputs]):
+    for _, root in simulations(folder, [path.name for path in outputs]):
         for element in root.iterfind("system/ensemble/temperature"):
             try:
                 value = unit_to_internal("temperature", element.get("units", ""), float(element.text or ""))
@@ -64,7 +66,7 @@ def _start_structure(folder: Path, names: list[str]) -> Path | None:
     """The file that i-PI was initialized from, or start.xyz."""
     files = [
         folder / (element.text or "").strip()
-        for _, root in _simulations(folder, names)
+        for _, root in simulations(folder, names)
         for element in root.iterfind("system/initialize/file")
     ]
     return next((path for path in [*files, folder / "start.xyz"] if path.is_file()), None)
@@ -72,7 +74,8 @@ def _start_structure(folder: Path, names: list[str]) -> Path | None:
 
 def _wrote(prefix: str, names: list[str]) -> bool:
     """Whether outputs of these names may come from a run with this prefix."""
-    return not prefix or any(name.startswith(f"{prefix}.") for name in names)
+    start = f"{prefix}."  # behind a prefix that the system may have
+    return not prefix or any(name.startswith(start) or f"_{start}" in name for name in names)
 
 
 def _recorded(folder: Path, names: list[str]) -> Iterator[Given]:
@@ -93,13 +96,39 @@ def _recorded(folder: Path, names: list[str]) -> Iterator[Given]:
         for file in settings:
             if not file.is_file():
                 raise InputError(f"{path}: names the settings {file}, which are not there; give --field X Y Z in V/Å")
-            yield Given(str(file), file, template)
+        known = _parameters_of_sockets(folder, names)
+        own = _forcefields(folder, names)
+        for name, file in zip(record["settings"], settings, strict=True):
+            if own is None or name in own:
+                parameters = known.get(name, {})
+                source = f"{file} (<parameters> of <ffsocket name='{name}'>)" if parameters else str(file)
+                yield Given(source, file, template, parameters)
+
+
+def _forcefields(folder: Path, names: list[str]) -> set[str] | None:
+    """The forcefields of the systems that wrote outputs of these names, where the input has several systems."""
+    found = [forcefields(root, names) for _, root in simulations(folder, names)]
+    return next((own for own in found if own is not None), None)
+
+
+def _parameters_of_sockets(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """The ``<parameters>`` of each ``<ffsocket>``, which come before the settings of its drivers."""
+    found: dict[str, dict[str, Any]] = {}
+    for _, root in simulations(folder, names):
+        for element in root.iter("ffsocket"):
+            text = (element.findtext("parameters") or "").strip()
+            with contextlib.suppress(ValueError):  # i-PI could not have read them either
+                found.setdefault(element.get("name", ""), dict(read_dict(text)) if text else {})
+    return found
 
 
 def _direct(folder: Path, names: list[str]) -> Iterator[Given]:
     """What VoltPI inside i-PI was given."""
-    for path, root in _simulations(folder, names):
+    for path, root in simulations(folder, names):
+        own = forcefields(root, names)
         for element in root.iter("ffdirect"):
+            if own is not None and element.get("name", "").strip() not in own:
+                continue
             text = (element.findtext("parameters") or "").strip()
             try:
                 parameters = dict(read_dict(text)) if text else {}
@@ -116,8 +145,8 @@ def _direct(folder: Path, names: list[str]) -> Iterator[Given]:
             yield Given(source, settings, None if template is None else folder / str(template), parameters)
 
 
-def _simulations(folder: Path, names: list[str]) -> Iterator[tuple[Path, ET.Element]]:
-    """i-PI inputs and restarts of the run, parsed."""
+def simulations(folder: Path, names: list[str]) -> Iterator[tuple[Path, ET.Element]]:
+    """i-PI inputs and restarts of the run, parsed, with the systems of their templates."""
     for path in (*sorted(folder.glob("*.xml")), folder / "RESTART"):
         try:
             root = ET.parse(path).getroot()
@@ -126,4 +155,5 @@ def _simulations(folder: Path, names: list[str]) -> Iterator[tuple[Path, ET.Elem
         output = root.find("output")
         prefix = "i-pi" if output is None else output.get("prefix", "i-pi").strip()
         if root.tag == "simulation" and _wrote(prefix, names):
+            fill_templates(root, path.name)
             yield path, root

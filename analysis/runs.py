@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from voltpi.analysis.fields import field_of
+from voltpi.analysis.fields import Applied, applied_of
 from voltpi.analysis.ipi_files import Properties, file_kind, read_properties
+from voltpi.analysis.ipi_xml import output_start
+from voltpi.analysis.run_inputs import simulations
 from voltpi.potential.errors import InputError
 
 __all__ = ["Run", "find_run", "find_runs"]
@@ -21,19 +23,32 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Run:
-    """Outputs of one run: one file a bead for ``positions`` and each of the ``extras``; ``field`` [3] in V/Å."""
+    """Outputs of one run: one file a bead for ``positions``, ``velocities``, ``forces`` and each of the ``extras``.
+
+    ``applied``: the field and displacement that it was done in. ``vectors``: other trajectories of atoms, by name.
+    """
 
     folder: Path
     properties: Properties | None
     positions: tuple[Path, ...]
     extras: dict[str, tuple[Path, ...]] = field(default_factory=dict)
-    field: Array = field(default_factory=lambda: np.zeros(3))
+    applied: Applied = field(default_factory=Applied)
+    velocities: tuple[Path, ...] = ()
+    forces: tuple[Path, ...] = ()
+    vectors: dict[str, tuple[Path, ...]] = field(default_factory=dict)
+
+    @property
+    def field(self) -> Array:
+        """ε [3] in V/Å; 0 where the displacement is held, nan where it changes with time."""
+        return self.applied.field
 
     @property
     def outputs(self) -> list[Path]:
         """All these files."""
         tables = [] if self.properties is None else [self.properties.path]
-        return [*tables, *self.positions, *(path for paths in self.extras.values() for path in paths)]
+        vectors = [path for paths in self.vectors.values() for path in paths]
+        trajectories = [*self.positions, *self.velocities, *self.forces, *vectors]
+        return [*tables, *trajectories, *(path for paths in self.extras.values() for path in paths)]
 
     def times(self, steps: ArrayLike) -> Array:
         """Times (fs) of steps, from the properties file; outside its rows by the time step of the nearest two.
@@ -72,11 +87,22 @@ class Run:
 
 
 def find_runs(paths: Iterable[Path], field: ArrayLike | None = None) -> list[Run]:
-    """One run for each folder among ``paths``; all files together are one more run."""
+    """One run for each folder among ``paths``, or one for each system of its i-PI input; all files are one more run."""
     folders = [path for path in paths if path.is_dir()]
     files = [path for path in paths if not path.is_dir()]
-    runs = [find_run(folder, field) for folder in folders]
+    runs = [find_run(part, field) for folder in folders for part in _systems(folder)]
     return runs + ([find_run(files, field)] if files else [])
+
+
+def _systems(folder: Path) -> list[Path] | list[list[Path]]:
+    """The outputs of each system, where the i-PI input in a folder has several with prefixes of their own."""
+    outputs = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(("#", "."))]
+    for _, root in simulations(folder, [path.name for path in outputs]):
+        starts = dict.fromkeys(output_start(root, system) for system in root.iterfind("system"))
+        if len(starts) > 1:
+            groups = [[path for path in outputs if path.name.startswith(start)] for start in starts]
+            return [group for group in groups if group]
+    return [folder]
 
 
 def find_run(where: Path | list[Path], field: ArrayLike | None = None) -> Run:
@@ -106,13 +132,18 @@ def find_run(where: Path | list[Path], field: ArrayLike | None = None) -> Run:
         folder=folder,
         properties=tables[0] if tables else None,
         positions=tuple(kinds.get("positions", ())),
+        velocities=tuple(kinds.get("velocities", ())),
+        forces=tuple(kinds.get("forces", ())),
+        vectors={k: tuple(v) for k, v in kinds.items() if k in ("kinetic_cv", "r_gyration")},
         extras={k.removeprefix("extras:"): tuple(v) for k, v in kinds.items() if k.startswith("extras:")},
-        field=field_of(folder, [path for group in kinds.values() for path in group], field),
+        applied=applied_of(folder, [path for group in kinds.values() for path in group], field),
     )
 
 
 _ONE_EACH = (
     "positions",
+    "velocities",
+    "forces",
     *(f"extras:{name}" for name in ("dipole", "charges", "shells", "electrode_charges", "electrode_potentials")),
 )
 

@@ -28,11 +28,11 @@ class VoltPICalculator(Calculator):
     settings : a Settings tree, a mapping with the same keys (nested or dotted), or the path of a YAML file
 
     ``results`` holds, beyond ASE's own energy, free_energy, forces, stress, charges and dipole: ``shells`` [n, 3] (Å),
-    ``residual`` (V), ``energy_terms``, ``electrodes`` {name: {charge: e, potential: V, residual: V}} with
-    ``capacitive_energy`` (eV, ½ Σ ψ Q) where there are some and, as asked in ``output``, ``born_charges`` [n, 3, 3] (e;
-    index order: atom, dipole direction, displacement direction), ``polarizability`` [3, 3] (Å³), ``capacitance``
-    [electrodes, electrodes] (e/V, ∂Q_a/∂ψ_b at fixed nuclei) and ``smallest_curvature`` (eV/Å²). With
-    ``field: from-frame`` the field is ``atoms.info["electric_field"]`` (V/Å).
+    ``field`` [3] (V/Å, that acts), ``residual`` (V), ``energy_terms``, ``electrodes`` {name: {charge: e, potential: V,
+    residual: V}} with ``capacitive_energy`` (eV, ½ Σ ψ Q) where there are some and, as asked in ``output``,
+    ``born_charges`` [n, 3, 3] (e; index order: atom, dipole direction, displacement direction), ``polarizability``
+    [3, 3] (Å³), ``capacitance`` [electrodes, electrodes] (e/V, ∂Q_a/∂ψ_b at fixed nuclei) and ``smallest_curvature``
+    (eV/Å²). With ``field: from-frame`` the field is ``atoms.info["electric_field"]`` (V/Å).
 
     The first structure fixes fragments, electrodes and carried charges; another composition or periodicity starts anew,
     and with ``charges.model: fixed`` other charges.
@@ -86,7 +86,7 @@ class VoltPICalculator(Calculator):
         )
         volume = self._evaluator.volume(np.asarray(atoms.cell))
         out = record(response, volume, 0.0)
-        arrays = ("forces", "charges", "shells", "dipole", "born_charges", "polarizability", "capacitance")
+        arrays = ("forces", "charges", "shells", "dipole", "field", "born_charges", "polarizability", "capacitance")
         self.results = {key: np.asarray(out[key]) for key in arrays if key in out}
         self.results |= {key: out[key] for key in ("smallest_curvature", "capacitive_energy") if key in out}
         self.results |= {key: out[key] for key in ("energy", "energy_terms", "electrodes", "residual", "iterations")}

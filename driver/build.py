@@ -46,8 +46,14 @@ def build_potential(settings: Settings) -> Potential:
             "there is nothing to compute: model, short_range, dispersion and charges.model are all none; set "
             "model: water or charges.model: pqeq",
         )
+    foundation = _foundation(settings)
+    charges = _charges(settings)
     potential = Potential(
-        _short_range(settings), _charges(settings), _dispersion(settings), precision=settings.precision
+        _short_range(settings) if foundation is None else foundation,
+        charges,
+        _dispersion(settings),
+        response_only=foundation is not None and charges is not None,
+        precision=settings.precision,
     )
     return potential.to(device)
 
@@ -75,12 +81,15 @@ def _unavailable(s: Settings) -> Iterator[tuple[str, str]]:
     def no(key: str, value: str, instead: str) -> tuple[str, str]:
         return key, f"{key}: {value} is not available in this version; use {instead}"
 
-    if s.short_range is not None and s.short_range.foundation is not None:
-        yield no("short_range", "foundation", "model: NAME (a trained short range) or short_range: pair")
+    if s.short_range is not None and s.short_range.foundation is not None and s.has_model:
+        yield (
+            "short_range.foundation",
+            "short_range.foundation and model both bring a short range; remove one of the two",
+        )
     if s.charges.model not in ("pqeq", "qeq", "fixed", "none"):
         yield no("charges.model", s.charges.model, "pqeq, qeq, fixed or none")
-    if s.displacement is not None and any(d is not None for d in s.displacement):
-        yield no("displacement", "a constant D", "field (V/Å)")
+    if s.displacement is not None and s.coulomb.method == "taper":
+        yield "displacement", "displacement is not available with coulomb.method: taper; use coulomb.method: auto"
     if s.coulomb.method == "taper" and not s.has_model:
         yield from _not_tapered(s, "coulomb.method: auto")
 
@@ -110,6 +119,18 @@ def _not_tapered(s: Settings, instead: str) -> Iterator[tuple[str, str]]:
                 f"output.{key}",
                 f"output.{key} needs stationary charges, which coulomb.method: taper stops short of; use {instead}",
             )
+
+
+def _foundation(settings: Settings) -> Any:
+    """Somebody else's model, or None. Raises InputError for one that is not there."""
+    if settings.short_range is None or settings.short_range.foundation is None:
+        return None
+    from voltpi.potential.shortrange.foundation import load_foundation
+
+    try:
+        return load_foundation(settings.short_range.foundation, precision=settings.precision)
+    except InputError as error:
+        raise settings.refusal("short_range.foundation", str(error)) from None
 
 
 def _short_range(settings: Settings) -> Any:

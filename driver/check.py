@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from ase import Atoms
 
+from voltpi.driver.driven import advice as driven_advice
+from voltpi.driver.driven import refusals as driven_refusals
+from voltpi.driver.driven import sum_rule
 from voltpi.driver.schedule import refusals as schedule_refusals
 from voltpi.driver.schedule import settings_at
 from voltpi.driver.settings import Settings, load_settings
@@ -33,6 +36,9 @@ _LONGEST_TIMESTEP_WITH_HYDROGEN = 1.5
 _EXTRAS_OF_A_RUN = frozenset({"potentiostat_charge", "potentiostat_target", "step"})
 # a start structure with such a force (eV/Å) explodes in its first steps
 _LARGEST_FORCE = 50.0
+# from here on Born charges cost more to send than a step should
+_MANY_ATOMS = 1000
+_COULOMB_CONSTANT = 14.4  # eV Å/e², for a hint
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,7 @@ def _evaluates(settings: Settings, atoms: Atoms, name: str, plan: RunInput | Non
     from voltpi.driver.evaluator import Evaluator
     from voltpi.driver.potentiostat import Potentiostat, settings_of, without_ghost
 
+    fields = {"field"} if settings.in_field else set()
     settings = settings_at(settings)
     try:
         if settings.potentiostat is not None:
@@ -139,13 +146,36 @@ def _evaluates(settings: Settings, atoms: Atoms, name: str, plan: RunInput | Non
             True,
             f"{name}: {len(atoms)} atoms, energy {energy:.6f} eV, largest force {largest:.2f} eV/Å, all terms finite",
         )
+    if settings.displacement is not None:
+        yield from _displaced(evaluator.prepared, settings, response, name)
     if response.electrodes:
         yield from _electrodes(evaluator.prepared, settings, response, name)
         if plan is not None:
             yield from _free_metal(evaluator.prepared, settings, plan, name)
+    if plan is not None and response.born_charges is not None:
+        for sentence in sum_rule(plan, response.born_charges.detach().cpu().numpy()):
+            yield Finding(False, f"{name}: {sentence}")
     if plan is not None and len(plan.sockets) + len(plan.direct) == 1:
-        given = {*evaluator.extras_of(response, 1)[0], "raw"} | _EXTRAS_OF_A_RUN
+        given = {*evaluator.extras_of(response, 1)[0], "raw"} | _EXTRAS_OF_A_RUN | fields
         yield from _extras(sorted(plan.extras - given), settings, name)
+
+
+def _displaced(systems: Systems, settings: Settings, response: Response, name: str) -> Iterator[Finding]:
+    """The field that a displacement leaves in the start structure, and which branch of M that is."""
+    moment, field = (np.round(x[0].cpu().numpy(), 4).tolist() for x in (response.dipole, response.field))
+    yield Finding(True, f"{name}: at the displacement M is {moment} e Å, which leaves the field {field} V/Å")
+    if settings.polarization_reference is not None or systems.carried is None:
+        return
+    cell = systems.cell[0].cpu().numpy()
+    largest = float(systems.carried.abs().max())
+    quantum = 4 * np.pi * _COULOMB_CONSTANT * largest / abs(np.linalg.det(cell)) * np.linalg.norm(cell, axis=1).max()
+    if largest > 0:
+        yield Finding(
+            True,
+            f"hint: {name}: M counts carried charges where the file has their atoms; one atom put at another image "
+            f"would change the field by up to {quantum:.2g} V/Å. For a crystal give polarization_reference: FILE, a "
+            "structure without polarization from which M then counts",
+        )
 
 
 def _extras(missing: list[str], settings: Settings, name: str) -> Iterator[Finding]:
@@ -303,7 +333,7 @@ def _forcefields(plan: RunInput, atoms: Atoms | None) -> Iterator[Finding]:
     for ff in plan.sockets:
         try:
             file = settings_for(plan, ff, None, RunRecord.of(plan))
-            settings = load_settings(file)
+            settings = load_settings(file, ff.overrides, origin="<parameters>")
         except InputError as error:
             yield Finding(False, str(error))
             continue
@@ -335,12 +365,10 @@ def _forcefields(plan: RunInput, atoms: Atoms | None) -> Iterator[Finding]:
 
 def _parts_of(plan: RunInput, direct: DirectForceField) -> tuple[Settings, Atoms]:
     """Settings and start structure that an ``<ffdirect>`` of ours names. Raises InputError."""
-    from voltpi.driver.pes import parameter_value
     from voltpi.driver.structures import read_structures
 
-    own_keys = ("settings", "template", "verbose", "verbosity")
-    overrides = {key: parameter_value(value) for key, value in direct.parameters.items() if key not in own_keys}
-    settings = load_settings(plan.folder / str(direct.parameters["settings"]), overrides, origin="<parameters>")
+    file = plan.folder / str(direct.parameters["settings"])
+    settings = load_settings(file, direct.overrides, origin="<parameters>")
     return settings, read_structures(plan.folder / str(direct.parameters["template"]))[0]
 
 
@@ -348,6 +376,15 @@ def _evaluates_in_a_run(
     plan: RunInput, ff: SocketForceField | DirectForceField, settings: Settings, atoms: Atoms, name: str
 ) -> Iterator[Finding]:
     yield from (Finding(False, f"{name}: {sentence}") for sentence in _against(plan, ff, settings, atoms))
+    yield from (Finding(True, f"hint: {name}: {sentence}") for sentence in driven_advice(plan, settings))
+    wanted = "BEC" in plan.extras or any(m.driven is not None for m in plan.motions)
+    if settings.output.born_charges and not wanted and len(atoms) >= _MANY_ATOMS:
+        yield Finding(
+            True,
+            f"hint: {name}: output.born_charges is true, but the input prints no extra_type='BEC' and no driven "
+            f"dynamics takes them; for {len(atoms)} atoms they cost a solution for each direction and much text at "
+            "every step: set it to false",
+        )
     yield from _evaluates(settings, atoms, name, plan)
 
 
@@ -357,6 +394,7 @@ def _against(
     """What i-PI would do with this structure that its boundary, field or electrodes do not allow."""
     from voltpi.driver.structures import periodic_directions, refuse_ipis_cell
 
+    yield from driven_refusals(plan, ff, settings)
     yield from schedule_refusals(plan, ff, settings)
     if settings.potentiostat is not None:
         from voltpi.driver.potentiostat import refusals as potentiostat_refusals
@@ -369,6 +407,11 @@ def _against(
         yield (
             f"pbc='True' folds atoms into the cell along {letters[0][0]} too, which is open, and would cut what lies "
             "across its face; remove it"
+        )
+    if ff.wraps and settings.displacement is not None and settings.polarization_reference is None:
+        yield (
+            "pbc='True' folds atoms into the cell, and a restart would then count M, and the field that the "
+            "displacement leaves, from other images; remove it, or give polarization_reference"
         )
     if ff.wraps and settings.coulomb.boundary.startswith("finite-field"):
         yield (
@@ -389,7 +432,8 @@ def _against(
     if plan.is_checkpoint:  # it holds its own cell
         return
     try:
-        refuse_ipis_cell(atoms, settings, cell_is_given=plan.cell_is_given)
+        driven = any(motion.driven is not None for motion in plan.motions)
+        refuse_ipis_cell(atoms, settings, cell_is_given=plan.cell_is_given, driven=driven)
     except InputError as error:
         yield str(error)
 
@@ -403,7 +447,8 @@ def refuse_starts(plan: RunInput, settings: Mapping[str, Path]) -> None:
 
     def of_socket(ff: SocketForceField) -> tuple[Settings, Atoms]:
         assert plan.template is not None
-        return load_settings(settings[ff.name]), read_structures(plan.template)[0]
+        own = load_settings(settings[ff.name], ff.overrides, origin="<parameters>")
+        return own, read_structures(plan.template)[0]
 
     readers: list[tuple[SocketForceField | DirectForceField, str, Callable[[], tuple[Settings, Atoms]]]] = []
     if not plan.is_checkpoint:

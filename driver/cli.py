@@ -188,22 +188,38 @@ def drive(
     if unix is None and shared_memory:
         raise InputError("--shm needs a unix socket on the same machine: give --unix NAME")
     from voltpi.driver.check import default_template
-    from voltpi.driver.settings import load_settings
+    from voltpi.driver.settings import Settings, load_settings
 
     tree = load_settings(settings, assignments or ())
     start = template if template is not None else default_template(settings)
-    from voltpi.driver.client import TcpAddress, UnixAddress, serve
+    from voltpi.driver.client import EvaluatorLike, TcpAddress, UnixAddress, serve
+    from voltpi.driver.ipi_input import overrides_of
     from voltpi.driver.structures import read_structures
 
     address = UnixAddress(unix, socket_prefix) if unix is not None else TcpAddress(host or "localhost", port or 0)
     atoms = read_structures(start)[0]
     from voltpi.driver.potentiostat import run_evaluator
 
-    try:
-        evaluator = run_evaluator(tree, atoms)
-    except VoltPIError as error:
-        raise type(error)(f"{start}: {error}") from None
-    return serve(evaluator, address, wait=wait, reconnects=reconnects, use_shared_memory=shared_memory)
+    def prepared(tree: Settings) -> EvaluatorLike:
+        try:
+            return run_evaluator(tree, atoms)
+        except VoltPIError as error:
+            raise type(error)(f"{start}: {error}") from None
+
+    def with_parameters(parameters: dict[str, str]) -> EvaluatorLike:
+        own = dict(item.partition("=")[::2] for item in assignments or ())
+        told = load_settings(settings, {**own, **overrides_of(parameters)}, origin="<parameters>")
+        return evaluator if told.model_dump() == tree.model_dump() else prepared(told)
+
+    evaluator = prepared(tree)
+    return serve(
+        evaluator,
+        address,
+        wait=wait,
+        reconnects=reconnects,
+        use_shared_memory=shared_memory,
+        with_parameters=with_parameters,
+    )
 
 
 @app.command("run")

@@ -204,6 +204,7 @@ def serve(
     wait: float = 60.0,
     reconnects: int = 0,
     use_shared_memory: bool = False,
+    with_parameters: Callable[[dict[str, str]], EvaluatorLike] | None = None,
     report: Callable[[str], None] = _print,
 ) -> int:
     """Serves one i-PI until it says EXIT; returns the exit status.
@@ -214,6 +215,8 @@ def serve(
         wait: seconds to wait for i-PI to listen.
         reconnects: how often to connect again after an evaluation failed (i-PI hands the same work out again).
         use_shared_memory: for ``<ffsocket mode='shm'>``.
+        with_parameters: takes the ``<parameters>`` of the ``<ffsocket>`` and gives the evaluator they describe; without
+            it an ``<ffsocket>`` may have none.
         report: takes one sentence at a time (default: stderr).
 
     Returns 0 after i-PI's EXIT; 1 when nobody listens, i-PI goes away, an evaluation fails or is not finite, or after
@@ -231,7 +234,8 @@ def serve(
     try:
         for attempt in range(reconnects + 1):
             try:
-                return _serve_once(evaluator, connect(address, wait), use_shared_memory, log, address)
+                wire = Wire(connect(address, wait), use_shared_memory=use_shared_memory)
+                return _serve_once(evaluator, wire, log, address, with_parameters)
             except _EvaluationFailed as failure:
                 report(f"evaluation {log.evaluations + 1} failed: {failure}")
                 if attempt < reconnects:
@@ -252,12 +256,20 @@ class _EvaluationFailed(VoltPIError):
 
 
 def _serve_once(
-    evaluator: EvaluatorLike, sock: socket.socket, use_shared_memory: bool, log: _Log, address: Address
+    evaluator: EvaluatorLike,
+    wire: Wire,
+    log: _Log,
+    address: Address,
+    with_parameters: Callable[[dict[str, str]], EvaluatorLike] | None,
 ) -> int:
-    wire = Wire(sock, use_shared_memory=use_shared_memory)
     log.report(f"connected to {address}")
+    known: dict[str, str] = {}
     try:
         while (structures := wire.receive()) is not None:
+            if wire.parameters != known:
+                if with_parameters is None:
+                    raise InputError(f"i-PI sends <parameters> {wire.parameters}, which this driver does not take")
+                evaluator, known = with_parameters(wire.parameters), dict(wire.parameters)
             refuse_filled_batches(evaluator, wire.batch_size)
             began = time.monotonic()
             if not _answer(evaluator, wire, structures):

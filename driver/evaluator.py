@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from voltpi.driver.build import build_potential
 from voltpi.driver.settings import Settings
-from voltpi.driver.structures import prepare_frame, refuse_turned
+from voltpi.driver.structures import prepare_frame, reference_positions, refuse_turned
 from voltpi.driver.unwrap import Unwrapper
 from voltpi.driver.warm_start import Solutions
 from voltpi.potential.errors import InputError, VoltPIError
@@ -44,7 +44,8 @@ class Result(NamedTuple):
     virial : [3, 3] hartree, −∂E/∂strain
     extras : JSON-able; ``dipole`` [3] (e·bohr), ``residual`` (hartree/e), ``energy_NAME`` (hartree) and, as asked in
         ``output``, ``charges`` [n] (e), ``shells`` [n][3] (bohr, from the core), ``BEC`` [3n][3] (e, row = 3·atom +
-        displacement, column = dipole direction), ``polarizability`` [3][3] (bohr³). With electrodes, in the order of
+        displacement, column = dipole direction), ``polarizability`` [3][3] (bohr³). In a uniform field or at constant
+        displacement ``field`` [3] (hartree/(e bohr)), the field that acts. With electrodes, in the order of
         the settings: ``electrode_charges`` [electrodes] (e), ``electrode_potentials`` [electrodes] (hartree/e),
         ``electrode_residual`` (hartree/e, the largest), ``capacitive_energy`` (hartree, ½ Σ ψ Q) and, as asked,
         ``electrode_capacitance`` (e²/hartree, of two electrodes at fixed nuclei)
@@ -66,21 +67,20 @@ class Evaluator:
 
     def __init__(self, potential: Potential, template: Atoms, settings: Settings) -> None:
         for key in ["potentiostat"] * (settings.potentiostat is not None) + settings.scheduled:
-            raise settings.refusal(
-                key, f"{key} is for a run in i-PI; for single structures give the electrodes numbers"
-            )
+            raise settings.refusal(key, f"{key} is for a run in i-PI; for single structures give numbers")
         self.potential = potential
         self.settings = settings
         self.prepared: Systems = prepare_frame(template, settings, potential)
         self._numbers = template.numbers.copy()
         self._pbc = self.prepared.pbc[0].cpu().numpy()
-        self._unwrap = Unwrapper(self._pbc)
+        reference = settings.polarization_reference
+        self._unwrap = Unwrapper(self._pbc, None if reference is None else reference_positions(settings, template))
         self._solutions = Solutions()
         self._last: Response | None = None
         # i-PI turns the cells of files that are periodic throughout, and a field would not turn along
         self._cell = np.asarray(template.cell)
-        may_be_turned = bool(self._pbc.any() or template.pbc.all())
-        self._oriented = not (may_be_turned and bool((self.prepared.field != 0).any()))
+        self._oriented = not bool(self._pbc.any() or template.pbc.all())
+        self._in_field = settings.in_field
 
     @classmethod
     def from_settings(cls, settings: Settings, template: Atoms) -> Evaluator:
@@ -101,6 +101,8 @@ class Evaluator:
         positions: Array,
         replicas: Sequence[int] | None = None,
         applied: Array | None = None,
+        fields: Array | None = None,
+        displacements: Array | None = None,
     ) -> list[Result]:
         """Energy, forces, virial and extras of ``b`` structures as i-PI sends them.
 
@@ -110,6 +112,8 @@ class Evaluator:
         positions : [b, n, 3] bohr
         replicas : b names of replicas, for continuous positions; None: the place in the batch
         applied : [b, electrodes] V or e, what each electrode is held at; None: as in the settings
+        fields : [b, 3] V/Å; None: as in the settings
+        displacements : [b, 3] V/Å, nan along axes that have a field; None: as in the settings
 
         Raises InputError when the number of atoms differs from the template's, VoltPIError for positions or an answer
         that are not finite, and what the potential raises.
@@ -124,10 +128,11 @@ class Evaluator:
         if cells.shape != (b, 3, 3):
             raise InputError(f"cells have shape {cells.shape} for {b} structures: give one 3 x 3 matrix for each")
         rows = np.ascontiguousarray(cells.transpose(0, 2, 1)) * BOHR
-        if not self._oriented:
+        self._in_field = self._in_field or fields is not None or displacements is not None
+        if self._in_field and not self._oriented:
             refuse_turned(self._cell, rows[0], self._pbc)
             self._oriented = True
-        response = self.evaluate_systems(rows, positions * BOHR, replicas, applied=applied)
+        response = self.evaluate_systems(rows, positions * BOHR, replicas, fields, applied, displacements)
         return self._results(response, b)
 
     def evaluate_systems(
@@ -137,10 +142,11 @@ class Evaluator:
         replicas: Sequence[Hashable] | None = None,
         fields: Array | None = None,
         applied: Array | None = None,
+        displacements: Array | None = None,
     ) -> Response:
         """The same in the potential's units: cells [b, 3, 3] (Å, rows), positions [b, n, 3] (Å), fields [b, 3] (V/Å).
 
-        Without ``fields`` the template's field acts, and without ``applied`` the settings' potentials and charges.
+        Without ``fields`` the template's field acts, without ``displacements`` (V/Å) and ``applied`` the settings'.
         Raises as ``evaluate`` does.
         """
         b = len(positions)
@@ -155,6 +161,8 @@ class Evaluator:
                 changes["field"] = self._tensor(fields[i : i + 1])
             if applied is not None:
                 changes["applied"] = self._tensor(applied[i : i + 1])
+            if displacements is not None:
+                changes["displacement"] = self._tensor(displacements[i : i + 1])
             parts.append(self.prepared.replace(**changes))
         systems = parts[0] if b == 1 else Systems.join(parts)
         charges = self.potential.charges
@@ -235,6 +243,8 @@ class Evaluator:
         }
         # one key a term: i-PI can print a flat key with <trajectory extra_type=...>, but not a nested one
         columns |= {f"energy_{name}": _numpy(e) / HARTREE for name, e in response.energy_terms.items()}
+        if self._in_field:
+            columns["field"] = _numpy(response.field) * BOHR / HARTREE
         if response.electrodes:
             columns |= _electrode_columns(response)
         if self.settings.output.charges:

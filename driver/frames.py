@@ -57,8 +57,12 @@ def alike(first: Atoms, other: Atoms, settings: Settings) -> bool:
 
 
 def record(response: Response, volume: float, seconds: float) -> dict[str, Any]:
-    """One structure's answer as numbers and lists; ``stress`` has ASE's sign (−virial/volume; 0 without a volume)."""
+    """One structure's answer as numbers and lists.
+
+    ``stress`` has ASE's sign (−virial/volume; 0 without a volume) and symmetry: the mean of the two sides.
+    """
     virial = response.virial[0].detach().cpu().numpy()
+    virial = 0.5 * (virial + virial.T)
     out: dict[str, Any] = {
         "energy": float(response.energy[0]),
         "energy_terms": {name: float(e[0]) for name, e in response.energy_terms.items()},
@@ -67,6 +71,7 @@ def record(response: Response, volume: float, seconds: float) -> dict[str, Any]:
         "charges": response.charges.tolist(),
         "shells": response.shells.tolist(),
         "dipole": response.dipole[0].tolist(),
+        "field": response.field[0].tolist(),
         "electrodes": {
             name: {key: float(values[key][0]) for key in ("charge", "potential", "residual")}
             for name, values in response.electrodes.items()

@@ -7,16 +7,35 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import yaml
+
+from voltpi.analysis.ipi_xml import fill_templates, output_start, words_of
 from voltpi.potential.errors import InputError
 
-__all__ = ["Barostat", "DirectForceField", "ForceComponent", "Motion", "RunInput", "SocketForceField", "read_input"]
+__all__ = [
+    "Barostat",
+    "DirectForceField",
+    "Driven",
+    "ForceComponent",
+    "Motion",
+    "RunInput",
+    "SocketForceField",
+    "overrides_of",
+    "parameter_value",
+    "read_input",
+]
+
+if TYPE_CHECKING:
+    from voltpi.analysis.driven_field import DrivenField
 
 _PES_FILE = Path(__file__).with_name("pes.py")
+# of <parameters>, no settings: what VoltPI's PES and i-PI itself want to know
+_NO_SETTINGS = frozenset({"settings", "template", "verbose", "verbosity"})
 
 
 @dataclass(frozen=True)
@@ -30,6 +49,12 @@ class SocketForceField:
     batch_size: int
     latency: float
     wraps: bool = False
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Dotted keys of the settings and what ``<parameters>`` gives them."""
+        return overrides_of(self.parameters)
 
 
 @dataclass(frozen=True)
@@ -48,6 +73,11 @@ class DirectForceField:
     ours: bool
     wraps: bool = False
     threaded: bool = False
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Dotted keys of the settings and what ``<parameters>`` gives them."""
+        return overrides_of(self.parameters)
 
 
 @dataclass(frozen=True)
@@ -72,15 +102,33 @@ class ForceComponent:
 
 
 @dataclass(frozen=True)
+class Driven:
+    """A ``<driven_dynamics>``: the field in time, and where its Born charges come from.
+
+    field : None where it cannot be read, for the reason that ``problem`` says
+    born_charges : mode of ``<bec>`` (``driver``, ``file``, ``manual``, ``none``)
+    asr_threshold : largest mean of the Born charges, per atom once more
+    multiple_steps : whether ``<nmts>`` asks for any
+    """
+
+    field: DrivenField | None
+    problem: str
+    born_charges: str
+    asr_threshold: float
+    multiple_steps: bool
+
+
+@dataclass(frozen=True)
 class Motion:
     """A ``<motion>``: how atoms are moved, and which are not.
 
     mode : of ``<motion>`` (``dynamics``, ``minimize``, …)
-    dynamics : mode of ``<dynamics>`` (``nvt``, …), empty where there is none
+    dynamics : mode of ``<dynamics>`` or ``<driven_dynamics>`` (``nvt``, ``eda-nve``, …), empty where there is none
     thermostats : modes of what acts on the atoms, those inside ``multi`` one by one; empty where there is none
     multiple_steps : whether forces are evaluated with several timesteps (``<nmts>``)
     fixes_com : ``<fixcom>``, as written
     fixed_atoms, fixed_dofs : ``<fixatoms>``, ``<fixatoms_dof>`` (3·atom + direction)
+    driven : by a field in time
     """
 
     mode: str
@@ -90,6 +138,7 @@ class Motion:
     fixes_com: bool
     fixed_atoms: frozenset[int]
     fixed_dofs: frozenset[int]
+    driven: Driven | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +202,27 @@ class RunInput:
         ]
 
 
+def overrides_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among i-PI's ``<parameters>``: dotted keys and their values."""
+    return {key: parameter_value(value) for key, value in parameters.items() if key not in _NO_SETTINGS}
+
+
+def parameter_value(value: Any) -> Any:
+    """``0 0 0.05`` as a list of numbers (whole ones stay whole) and nulls; anything else as it is."""
+    words = value.split() if isinstance(value, str) else []
+    if len(words) < 2 or not all(word == "null" or _is_number(word) for word in words):
+        return value
+    return [yaml.safe_load(word) for word in words]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
 def read_input(xml: str | Path) -> RunInput:
     """Reads an i-PI input or checkpoint. Raises InputError, one sentence with file, tag and fix."""
     path = Path(xml).resolve()
@@ -169,6 +239,7 @@ def read_input(xml: str | Path) -> RunInput:
     if root.tag != "simulation":
         raise InputError(f"{path.name}: the outermost tag is <{root.tag}> and not <simulation>; give an i-PI input")
     tags = _Tags(path.name, root)
+    fill_templates(root, path.name)
     prefix = _prefix(root)
     sockets = tuple(_socket(tags, element) for element in root.iter("ffsocket"))
     direct = tuple(_direct(tags, element, path.parent) for element in root.iter("ffdirect"))
@@ -191,12 +262,12 @@ def read_input(xml: str | Path) -> RunInput:
         n_beads=n_beads,
         template=_template(tags, path.parent),
         prefix=prefix,
-        properties=tuple(path.parent / name for name in _step_files(root, prefix)),
+        properties=tuple(path.parent / name for name in _step_files(root)),
         barostat=_barostat(root),
         cell_is_given=any(element.find("cell") is not None for element in root.iter("initialize")),
         motions=tuple(_motion(element) for element in root.iter("motion") if element.get("mode") != "multi"),
         forces=tuple(_force(element) for element in root.iterfind("system/forces/force")),
-        n_systems=len(root.findall("system")) + len(root.findall("system_template")),
+        n_systems=len(root.findall("system")),
         moves_systems=_text(root, "smotion") != "" or any(len(e) > 0 for e in root.iterfind("smotion")),
         time=_quantity(root.find("system/ensemble/time"), "time", "femtosecond"),
         temperature=_quantity(next(root.iter("temperature"), None), "temperature", "kelvin"),
@@ -253,6 +324,7 @@ def _socket(tags: _Tags, element: ET.Element) -> SocketForceField:
         batch_size=tags.number(element, "batch_size", 1, int, least=1),
         latency=tags.number(element, "latency", 1e-4, float, least=0),
         wraps=_wraps(element),
+        parameters=_parameters(tags, element, here),
     )
 
 
@@ -312,12 +384,11 @@ def _prefix(root: ET.Element) -> str:
     return "i-pi" if output is None else output.get("prefix", "i-pi").strip()
 
 
-def _step_files(root: ET.Element, prefix: str) -> Iterator[str]:
+def _step_files(root: ET.Element) -> Iterator[str]:
     for element in root.iterfind("output/properties"):
         names = [part.partition("{")[0].strip() for part in (element.text or "").strip(" []\n\t").split(",")]
-        if "step" in names:
-            filename = element.get("filename", "out").strip()
-            yield f"{prefix}.{filename}" if prefix else filename
+        for system in root.iterfind("system") if "step" in names else ():
+            yield output_start(root, system) + element.get("filename", "out").strip()
 
 
 def _beads(tags: _Tags) -> int:
@@ -351,14 +422,9 @@ def _quantities(element: ET.Element | None, kind: str, unit: str) -> tuple[float
         return ()
     try:
         factor = unit_to_internal(kind, element.get("units", "automatic"), 1.0)
-        return tuple(float(unit_to_user(kind, unit, factor * float(word))) for word in _words(element.text))
+        return tuple(float(unit_to_user(kind, unit, factor * float(word))) for word in words_of(element.text))
     except (ValueError, TypeError, KeyError):
         return ()  # i-PI says what is wrong with it
-
-
-def _words(text: str | None) -> list[str]:
-    """The entries of one of i-PI's lists, ``[1, 2, 3]``."""
-    return (text or "").strip().strip("[]").replace(",", " ").split()
 
 
 def _masses(root: ET.Element) -> Iterator[tuple[int, tuple[float, ...]]]:
@@ -370,27 +436,43 @@ def _masses(root: ET.Element) -> Iterator[tuple[int, tuple[float, ...]]]:
 
 
 def _motion(element: ET.Element) -> Motion:
-    dynamics = element.find("dynamics")
+    driven = element.find("driven_dynamics")
+    dynamics = element.find("dynamics") if driven is None else driven
     thermostats: list[str] = []
     multiple_steps = False
     if dynamics is not None:
         for thermostat in dynamics.iterfind("thermostat"):
             inner = [t.get("mode", "") for t in thermostat.iter("thermostat")]
             thermostats += [mode.strip() for mode in inner if mode.strip() not in ("", "multi")]
-        multiple_steps = any(word not in ("0", "1") for word in _words(dynamics.findtext("nmts")))
+        multiple_steps = any(word not in ("0", "1") for word in words_of(dynamics.findtext("nmts")))
     return Motion(
         mode=element.get("mode", "dynamics").strip(),
-        dynamics="" if dynamics is None else dynamics.get("mode", "nve").strip(),
+        dynamics="" if dynamics is None else dynamics.get("mode", "nve" if driven is None else "eda-nve").strip(),
         thermostats=tuple(thermostats),
         multiple_steps=multiple_steps,
         fixes_com=_is_true(_text(element, "fixcom", "True")),
         fixed_atoms=frozenset(_whole(element.findtext("fixatoms"))),
         fixed_dofs=frozenset(_whole(element.findtext("fixatoms_dof"))),
+        driven=None if driven is None else _driven(driven, multiple_steps),
     )
 
 
+def _driven(element: ET.Element, multiple_steps: bool) -> Driven:
+    from voltpi.analysis.driven_field import read_efield
+
+    bec = element.find("bec")
+    field, problem = None, ""
+    try:
+        field = read_efield(element)
+        threshold = float(element.findtext("asr_threshold", "1e-8"))
+    except ValueError as error:
+        problem, threshold = str(error), 1e-8
+    mode = "none" if bec is None else bec.get("mode", "none").strip()
+    return Driven(field, problem, mode, threshold, multiple_steps)
+
+
 def _whole(text: str | None) -> list[int]:
-    return [int(word) for word in _words(text) if word.lstrip("-").isdigit()]
+    return [int(word) for word in words_of(text) if word.lstrip("-").isdigit()]
 
 
 def _force(element: ET.Element) -> ForceComponent:

@@ -185,6 +185,9 @@ def driver_command(ff: SocketForceField, settings: Path, template: Path, socket_
         "--wait",
         str(CONNECT_SECONDS),
     ]
+    # i-PI sends them too, but a driver that knows them builds its potential once
+    for key, value in ff.overrides.items():
+        command += ["--set", f"{key}={json.dumps(value)}"]
     if ff.mode == "inet":
         host = "localhost" if ff.address in ("", "0.0.0.0") else ff.address
         TcpAddress(host, ff.port)  # says so if it cannot be
@@ -200,7 +203,7 @@ def clock_options(plan: RunInput, ff: SocketForceField, settings: Path, drivers:
     Raises InputError where they cannot follow the time.
     """
     try:
-        tree = load_settings(settings)
+        tree = load_settings(settings, ff.overrides, origin="<parameters>")
     except InputError:
         return []  # the driver says it
     if not tree.scheduled:

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-import yaml
 from ipi.pes.dummy import Dummy_driver
 from ipi.utils.softexit import softexit
 
 from voltpi.driver.client import EvaluatorLike, describe, evaluate_batch, refuse_filled_batches
+from voltpi.driver.ipi_input import parameter_value
 from voltpi.driver.protocol import Array, ResultLike, Structures, check_result, encode_extras
 from voltpi.potential.errors import InputError
 
@@ -86,22 +86,6 @@ def make_evaluator(settings: str, template: str, overrides: dict[str, Any]) -> E
 
     tree = load_settings(settings, overrides, origin="<parameters>")
     return run_evaluator(tree, read_structures(template)[0])
-
-
-def parameter_value(value: Any) -> Any:
-    """``0 0 0.05`` as a list of numbers (whole ones stay whole) and nulls; anything else as it is."""
-    words = value.split() if isinstance(value, str) else []
-    if len(words) < 2 or not all(word == "null" or _is_number(word) for word in words):
-        return value
-    return [yaml.safe_load(word) for word in words]
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def _answer(result: ResultLike, structures: Structures) -> Answer:

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from voltpi.driver.evaluator import BOHR, HARTREE, Evaluator, Result
 from voltpi.driver.ipi_input import DirectForceField, RunInput, SocketForceField
-from voltpi.driver.schedule import Scheduled, Steps, applied_at, once_a_step, potential_at, settings_at
+from voltpi.driver.schedule import Scheduled, Steps, applied_at, once_a_step, outside_at, settings_at, value_at
 from voltpi.driver.settings import Settings
 from voltpi.potential.errors import InputError, VoltPIError
 
@@ -155,11 +155,12 @@ class Potentiostat:
         n = _mean(own, beads)
         steps = None if self._steps is None else self._steps.of(b)
         times = np.zeros(b) if self._steps is None or steps is None else self._steps.times(steps)
-        target = np.array([potential_at(self._own.potential, float(time)) for time in times]) / HARTREE
-        applied = applied_at(self._settings, times)
+        target = np.array([value_at(self._own.potential, float(time)) for time in times]) / HARTREE
+        outside = outside_at(self._settings, times)
+        applied = outside["applied"]
         applied[:, self._first] = -n
         applied[:, self._second] = n
-        results = self.evaluator.evaluate(cells, positions[:, :-1], replicas, applied)
+        results = self.evaluator.evaluate(cells, positions[:, :-1], replicas, **outside)
         potentials = np.array([r.extras["electrode_potentials"] for r in results])
         push = _mean(target - (potentials[:, self._second] - potentials[:, self._first]), beads)
         out = [self._with_ghost(r, *values) for r, *values in zip(results, own, n, target, push, strict=True)]

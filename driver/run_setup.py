@@ -8,7 +8,7 @@ import numpy as np
 
 from voltpi.analysis.capacitor import Electrode, Setup
 from voltpi.analysis.run_inputs import Given
-from voltpi.driver.pes import parameter_value
+from voltpi.driver.ipi_input import parameter_value
 from voltpi.driver.potentiostat import settings_of, without_ghost
 from voltpi.driver.schedule import settings_at
 from voltpi.driver.settings import Schedule, load_settings

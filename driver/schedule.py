@@ -1,13 +1,14 @@
-"""Voltages as functions of time, and the clock behind them.
+"""Voltages, fields and displacements as functions of time, and the clock behind them.
 
     electrodes:
       - {name: left, atoms: index 0:16, potential: 0.0}
       - {name: right, atoms: index 16:32, potential: {ramp: {start: 0, rate: 0.1, until: 1.0}}}      # V, V/ps
+    field: [0, 0, {cyclic: {low: -0.1, high: 0.1, start: 0, rate: 0.01}}]                            # V/Å, V/Å/ps
 
 or ``{square: {low, high, period}}``, ``{cyclic: {low, high, rate}}``, ``{table: {times, values}}``; a potentiostat's
-potential too. Time is the number of i-PI's step times the timestep of the input, as in i-PI's property ``time``: the
-structure that i-PI prints at a step was evaluated at that step's potential, in the first part of a run and after a
-restart alike.
+potential and every component of a displacement too. Time is the number of i-PI's step times the timestep of the input,
+as in i-PI's property ``time``: the structure that i-PI prints at a step was evaluated at that step's potential or
+field, in the first part of a run and after a restart alike.
 
 i-PI tells its drivers no time. Inside i-PI (``<ffdirect>``) its own step is read. A driver behind a socket counts the
 structures it evaluates, from a first step that ``voltpi run`` gives it (key ``clock``); for that it must be the only
@@ -32,7 +33,7 @@ from voltpi.potential.errors import VoltPIError
 if TYPE_CHECKING:
     from voltpi.driver.evaluator import Evaluator, Result
 
-__all__ = ["Scheduled", "Steps", "applied_at", "clock_settings", "potential_at", "refusals", "settings_at"]
+__all__ = ["Scheduled", "Steps", "applied_at", "clock_settings", "outside_at", "refusals", "settings_at", "value_at"]
 
 Array = NDArray[np.float64]
 
@@ -40,11 +41,11 @@ Array = NDArray[np.float64]
 _ROUNDING = 1e-9
 
 
-def potential_at(potential: float | Schedule, time: float) -> float:
-    """V at ``time`` (ps)."""
-    if not isinstance(potential, Schedule):
-        return potential
-    shape = potential.ramp or potential.square or potential.cyclic or potential.table
+def value_at(value: float | Schedule, time: float) -> float:
+    """V or V/Å at ``time`` (ps)."""
+    if not isinstance(value, Schedule):
+        return value
+    shape = value.ramp or value.square or value.cyclic or value.table
     match shape:
         case Ramp():
             distance = min(shape.rate * time, abs(shape.until - shape.start))
@@ -62,17 +63,39 @@ def potential_at(potential: float | Schedule, time: float) -> float:
 
 
 def settings_at(settings: Settings, time: float = 0.0) -> Settings:
-    """The settings with the potentials of that time (ps): nothing in them changes any more, and there is no clock."""
+    """The settings with what acts at that time (ps): nothing in them changes any more, and there is no clock."""
     electrodes = tuple(
-        e if e.potential is None else e.model_copy(update={"potential": potential_at(e.potential, time)})
+        e if e.potential is None else e.model_copy(update={"potential": value_at(e.potential, time)})
         for e in settings.electrodes
     )
-    return settings.model_copy(update={"electrodes": electrodes, "clock": None})
+    update: dict[str, Any] = {"electrodes": electrodes, "clock": None}
+    if settings.field != "from-frame":
+        update["field"] = tuple(value_at(component, time) for component in settings.field)
+    if settings.displacement is not None:
+        update["displacement"] = tuple(None if d is None else value_at(d, time) for d in settings.displacement)
+    return settings.model_copy(update=update)
 
 
 def applied_at(settings: Settings, times: Array) -> Array:
     """What the electrodes are held at, [b, electrodes] (V or e), at ``times`` [b] (ps)."""
     return np.array([[e.value for e in settings_at(settings, float(time)).electrodes] for time in times], dtype=float)
+
+
+def outside_at(settings: Settings, times: Array) -> dict[str, Array]:
+    """What acts at ``times`` [b] (ps), as ``Evaluator.evaluate`` takes it.
+
+    ``fields`` [b, 3] and ``displacements`` [b, 3] (V/Å, nan: a field) where they change, and ``applied`` [b,
+    electrodes] (V or e) where there are electrodes.
+    """
+    now = [settings_at(settings, float(time)) for time in times]
+    out: dict[str, Array] = {}
+    if settings.electrodes:
+        out["applied"] = applied_at(settings, times)
+    if any(key.startswith("field") for key in settings.scheduled):
+        out["fields"] = np.array([s.field for s in now], dtype=float)
+    if any(key.startswith("displacement") for key in settings.scheduled):
+        out["displacements"] = np.array([s.displacement for s in now], dtype=float)  # None is nan
+    return out
 
 
 class Steps:
@@ -122,8 +145,9 @@ class Steps:
     def _counted(self) -> Clock:
         if self._clock is None:
             raise VoltPIError(
-                "a potential changes with time and this driver has no clock: start the run with `voltpi run`, or give "
-                "--set clock.timestep=FS --set clock.first_step=N (of the RESTART; 0 at the start) --set clock.beads=P"
+                "a potential or field changes with time and this driver has no clock: start the run with `voltpi run`, "
+                "or give --set clock.timestep=FS --set clock.first_step=N (of the RESTART; 0 at the start) --set "
+                "clock.beads=P"
             )
         return self._clock
 
@@ -148,7 +172,7 @@ def _timestep(simulation: Any) -> float:
 
 
 class Scheduled:
-    """An evaluator whose electrodes' potentials change with time; extras say the ``step`` that was counted."""
+    """An evaluator whose electrodes' potentials or field change with time; extras say the ``step`` counted."""
 
     counts_structures = True
 
@@ -162,10 +186,10 @@ class Scheduled:
         return self._evaluator.n_atoms
 
     def evaluate(self, cells: Array, positions: Array, replicas: Sequence[int] | None = None) -> list[Result]:
-        """As ``Evaluator.evaluate``, each structure at the potentials of its step. Raises as that does."""
+        """As ``Evaluator.evaluate``, each structure at what acts at its step. Raises as that does."""
         steps = self._steps.of(len(positions))
-        applied = applied_at(self._settings, self._steps.times(steps))
-        results = self._evaluator.evaluate(cells, positions, replicas, applied)
+        outside = outside_at(self._settings, self._steps.times(steps))
+        results = self._evaluator.evaluate(cells, positions, replicas, **outside)
         self._steps.count(steps)
         return [r._replace(extras={**r.extras, "step": int(step)}) for r, step in zip(results, steps, strict=True)]
 
@@ -180,7 +204,7 @@ def clock_settings(plan: RunInput) -> list[str]:
 
 
 def refusals(plan: RunInput, ff: SocketForceField | DirectForceField, settings: Settings) -> Iterator[str]:
-    """Why potentials cannot follow the time in this run, each with its fix."""
+    """Why potentials and fields cannot follow the time in this run, each with its fix."""
     if not settings.scheduled:
         return
     key = settings.scheduled[0]

@@ -19,15 +19,19 @@ from voltpi.driver.settings import Settings
 from voltpi.potential.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from voltpi.potential.model import Potential
     from voltpi.potential.systems import Systems
 
 __all__ = [
     "array_of",
+    "frame_displacement",
     "frame_field",
     "periodic_directions",
     "prepare_frame",
     "read_structures",
+    "reference_positions",
     "refuse_ipis_cell",
     "refuse_turned",
 ]
@@ -125,6 +129,11 @@ def frame_field(atoms: Atoms, settings: Settings, frame: str = "the structure") 
     return field
 
 
+def frame_displacement(settings: Settings) -> NDArray[np.float64] | None:
+    """The displacement [3] (V/Å) of settings at one time, nan along axes that have a field, or None."""
+    return None if settings.displacement is None else np.array(settings.displacement, dtype=float)
+
+
 def array_of(atoms: Atoms, name: str) -> np.ndarray | None:
     """A per-atom array of the structure file by its name, or None; ASE takes a column ``charges`` for results."""
     results = {} if atoms.calc is None else atoms.calc.results
@@ -171,14 +180,73 @@ def prepare_frame(atoms: Atoms, settings: Settings, potential: Potential, frame:
         labels = systems.numbers.new_tensor(_fragment_labels(atoms, settings, potential, frame))
     charges = atoms.get_initial_charges()
     prepared = potential.prepare(
-        systems, labels=labels, initial_charges=systems.positions.new_tensor(charges) if charges.any() else None
+        _in_field(systems, atoms, settings),
+        labels=labels,
+        initial_charges=systems.positions.new_tensor(charges) if charges.any() else None,
     )
+    if settings.polarization_reference is not None:
+        prepared = prepared.replace(origin=_origin(prepared, atoms, settings))
     if potential.charges is not None:
         try:
             potential.charges.check_field(prepared)
         except InputError as error:
-            raise settings.refusal("field", str(error)) from None
+            raise settings.refusal("field" if settings.displacement is None else "displacement", str(error)) from None
     return prepared
+
+
+def _in_field(systems: Systems, atoms: Atoms, settings: Settings) -> Systems:
+    """The structure with its displacement, and the cell at which that or a field is what the settings say."""
+    held = frame_displacement(settings)
+    if held is not None:
+        systems = systems.replace(displacement=systems.positions.new_tensor(held)[None])
+    if settings.field_under_strain == "reduced":
+        systems = systems.replace(field_cell=systems.positions.new_tensor(np.asarray(atoms.cell))[None])
+    return systems
+
+
+def reference_positions(settings: Settings, atoms: Atoms) -> NDArray[np.float64]:
+    """Fractional positions [n, 3] of ``polarization_reference``.
+
+    Raises InputError where it has other atoms than ``atoms``, or no cell.
+    """
+    key, path = "polarization_reference", settings.polarization_reference
+    assert path is not None
+    reference = read_structures(path)[0]
+    if not np.array_equal(reference.numbers, atoms.numbers):
+        raise settings.refusal(
+            key,
+            f"{key}: {path} has {len(reference)} atoms ({reference.symbols}) but the structure has {len(atoms)} "
+            f"({atoms.symbols}); give one with the same atoms in the same order",
+        )
+    cell = np.asarray(reference.cell)
+    if abs(np.linalg.det(cell)) < 1e-6 or not periodic_directions(atoms, settings).all():
+        raise settings.refusal(
+            key, f"{key} counts M within a cell; structure and {path} must be periodic in all three directions"
+        )
+    return np.asarray(reference.get_scaled_positions(wrap=False))
+
+
+def _origin(systems: Systems, atoms: Atoms, settings: Settings) -> torch.Tensor:
+    """Where M counts from, [1, 3] (e, fractional): the carried charges at their places in the reference.
+
+    Charges that feel the field themselves have the dipole of their fragments anyway; there, the fragments' charges at
+    the places of their roots. Raises InputError where there are neither, and as ``reference_positions``.
+    """
+    from voltpi.potential.fragments import whole_positions
+
+    cell = systems.cell[0]
+    places = systems.positions.new_tensor(reference_positions(settings, atoms))
+    if systems.carried is not None:
+        whole = whole_positions(systems.replace(positions=places @ cell))
+        return (systems.carried @ whole @ cell.inverse())[None]
+    if systems.fragments is None or systems.fragment_charges is None or systems.parents is None:
+        raise settings.refusal(
+            "polarization_reference",
+            "polarization_reference needs charges that stay: charges.response shells or frozen, charges.model fixed, "
+            "or charges.conserve fragments; set one of them or remove it",
+        )
+    roots = (systems.parents == systems.parents.new_tensor(range(len(places)))).nonzero()[:, 0]
+    return (systems.fragment_charges[systems.fragments[roots]] @ places[roots])[None]
 
 
 def _with_electrodes(systems: Systems, atoms: Atoms, settings: Settings, potential: Potential) -> Systems:
@@ -246,15 +314,16 @@ def refuse_turned(own: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDAr
         )
 
 
-def refuse_ipis_cell(atoms: Atoms, settings: Settings, *, cell_is_given: bool = False) -> None:
+def refuse_ipis_cell(atoms: Atoms, settings: Settings, *, cell_is_given: bool = False, driven: bool = False) -> None:
     """Raises InputError for a start structure in a cell that i-PI would turn, or could not use.
 
     i-PI turns what is periodic throughout, which is what ``refuse_turned`` would find at the first step of a run in a
     field. Other cells it leaves as they are, and then fails without a volume, or writes checkpoints that it cannot
-    read. ``cell_is_given``: the input gives i-PI a cell of its own.
+    read. ``cell_is_given``: the input gives i-PI a cell of its own; ``driven``: and a field.
     """
     cell, throughout = np.asarray(atoms.cell), bool(atoms.pbc.all())
-    if throughout and frame_field(atoms, settings).any():
+    static = settings.in_field and (not settings.field_from_frame or frame_field(atoms, settings).any())
+    if throughout and (static or driven):
         mirror = [1, 1, np.sign(np.linalg.det(cell))]  # it turns, but does not mirror
         refuse_turned(cell, np.asarray(Cell.new(atoms.cell.cellpar())) * mirror, periodic_directions(atoms, settings))
     if cell_is_given:

@@ -18,11 +18,13 @@ class Unwrapper:
 
     The dipole Σ q_i r_i depends on the image of every charge; a trajectory that is wrapped would make it jump by
     charge times lattice vector. Comparison is in fractional coordinates, so the cell may change from call to call. The
-    first positions are taken as they come. Valid while no atom moves by half a cell between two calls.
+    first positions are taken as they come, or put nearest to ``first`` [n, 3] (fractional). Valid while no atom moves
+    by half a cell between two calls.
     """
 
-    def __init__(self, pbc: NDArray[np.bool_]) -> None:
+    def __init__(self, pbc: NDArray[np.bool_], first: Array | None = None) -> None:
         self._pbc = np.asarray(pbc, dtype=bool)
+        self._first = first
         self._last: dict[Hashable, Array] = {}
 
     def __call__(self, positions: Array, cell: Array, key: Hashable = 0) -> Array:
@@ -34,7 +36,7 @@ class Unwrapper:
             return positions
         full = complete_cell(cell)
         fractional = np.linalg.solve(full.T, positions.T).T
-        last = self._last.get(key)
+        last = self._last.get(key, self._first)
         if last is None or last.shape != fractional.shape:
             images = np.zeros_like(fractional)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from voltpi.potential.external.electrodes import check_electrodes
 from voltpi.potential.fragments import assign_fragments
 from voltpi.potential.neighbors import NeighborCache, Neighbors, check_geometry
 from voltpi.potential.response import Response
+from voltpi.potential.shortrange.foundation import WholeModel
 from voltpi.potential.systems import Systems
 
 __all__ = ["Potential", "ShortRange", "pair_derivatives"]
@@ -52,6 +54,8 @@ class Potential:
     reference_energies : atomic number -> eV, the energies of atoms from which the short range counts (added in float64)
     walls : pair potential between electrodes and the rest, or None. With it, short range, dispersion and reference
         energies are those of the electrolyte alone: a model that knows no metal runs between electrodes
+    response_only : the short range holds the electrostatics of zero field (a foundation model), so the charges give
+        E(R; ε, D, ψ) − E(R; 0) and the dipole of E(R; ε, D, ψ): nothing is counted twice, zero field changes nothing
     precision : ``double`` (all float64), ``mixed`` (float32 network, float64 electrostatics) or ``single`` (as mixed:
         the electrostatics keep float64, where float32 would not converge)
     """
@@ -64,6 +68,7 @@ class Potential:
         *,
         reference_energies: Mapping[int, float] | None = None,
         walls: Any = None,
+        response_only: bool = False,
         precision: str = "mixed",
     ) -> None:
         if short_range is None and charges is None and dispersion is None:
@@ -75,6 +80,7 @@ class Potential:
         self.dispersion = dispersion
         self.reference_energies = dict(reference_energies or {})
         self.walls = walls
+        self.response_only = response_only
         self.precision = precision
         self.device = torch.device("cpu")
         # a pair potential keeps float64 at any precision
@@ -82,7 +88,9 @@ class Potential:
         if isinstance(short_range, torch.nn.Module):
             short_range.to(self._dtype).eval()
             short_range.requires_grad_(False)
-        self._pairs = None if short_range is None else NeighborCache(short_range.cutoff)
+        local = short_range is not None and not isinstance(short_range, WholeModel)
+        self._pairs = NeighborCache(short_range.cutoff) if local else None
+        self._rest: tuple[PQEq, PQEq] | None = None
         self._wall_pairs = None if walls is None else NeighborCache(walls.cutoff)
 
     def to(self, device: torch.device | str) -> Potential:
@@ -113,7 +121,7 @@ class Potential:
             if at_rest is not None:  # no field, and no potential on electrodes
                 held = [e.control == "charge" for e in self.charges.electrodes]
                 at_rest = at_rest * torch.tensor(held, device=at_rest.device)
-            free = systems.replace(field=torch.zeros_like(systems.field), applied=at_rest)
+            free = systems.replace(field=torch.zeros_like(systems.field), displacement=None, applied=at_rest)
             carried = self.charges.solve(free).charges
             systems = systems.replace(carried=carried)
         if systems.carried is not None:
@@ -140,9 +148,11 @@ class Potential:
         """
         systems = systems.to(self.device)
         check_geometry(systems)
-        if self.charges is None and bool((systems.field != 0).any()):
+        held = systems.displacement is not None and bool((~systems.displacement.isnan()).any())
+        if self.charges is None and (held or bool((systems.field != 0).any())):
             raise InputError(
-                "a field is set but the potential has no charges to feel it: set charges.model, or field to 0"
+                "a field or displacement is set but the potential has no charges to feel it: set charges.model, or "
+                "remove it"
             )
         terms: dict[str, Tensor] = {}
         forces = torch.zeros_like(systems.positions)
@@ -169,13 +179,13 @@ class Potential:
         )
         n, b = systems.n_atoms, systems.n_systems
         charges, shells = forces.new_zeros(n), forces.new_zeros(n, 3)
-        dipole, residual = forces.new_zeros(b, 3), forces.new_zeros(b)
+        dipole, field, residual = forces.new_zeros(b, 3), forces.new_zeros(b, 3), forces.new_zeros(b)
         iterations = torch.zeros(b, dtype=torch.int64, device=self.device)
         electrodes: dict[str, dict[str, Tensor]] = {}
         if solved is not None:
             terms.update(solved.terms)
             forces, virial = forces + solved.forces, virial + solved.virial
-            charges, shells, dipole = solved.charges, solved.shells, solved.dipole
+            charges, shells, dipole, field = solved.charges, solved.shells, solved.dipole, solved.field
             residual, iterations = solved.residual, solved.iterations
             electrodes = solved.electrodes
         return Response(
@@ -185,6 +195,7 @@ class Potential:
             charges=charges,
             shells=shells,
             dipole=dipole,
+            field=field,
             energy_terms=terms,
             residual=residual,
             iterations=iterations,
@@ -239,9 +250,31 @@ class Potential:
         guess = None
         if start is not None and len(start.charges) == systems.n_atoms:
             guess = (start.charges, start.shells)
-        return self.charges.solve(systems, start=guess, **wanted)
+        solution = self.charges.solve(systems, start=guess, **wanted)
+        return self._response_of(systems, solution) if self.response_only else solution
+
+    def _response_of(self, systems: Systems, solution: PQEqSolution) -> PQEqSolution:
+        """The same with energy, forces and virial counted from zero field without electrodes."""
+        assert self.charges is not None
+        at_rest = systems.replace(
+            field=torch.zeros_like(systems.field), displacement=None, electrode=None, applied=None
+        )
+        applied = systems.applied is not None and bool((systems.applied != 0).any())
+        if not applied and systems.displacement is None and not bool((systems.field != 0).any()):
+            energy, forces = torch.zeros_like(solution.energy), torch.zeros_like(solution.forces)
+            virial = torch.zeros_like(solution.virial)
+        else:
+            if self._rest is None or self._rest[0] is not self.charges:  # kept for its kernels
+                alone = dataclasses.replace(self.charges, electrodes=(), finite_field=None)
+                self._rest = (self.charges, alone if self.charges.electrodes else self.charges)
+            rest = self._rest[1].solve(at_rest, start=(solution.charges, solution.shells))
+            energy = solution.energy - rest.energy
+            forces, virial = solution.forces - rest.forces, solution.virial - rest.virial
+        return dataclasses.replace(solution, energy=energy, forces=forces, virial=virial, terms={"response": energy})
 
     def _short_range(self, systems: Systems) -> tuple[Tensor, Tensor, Tensor]:
+        if isinstance(self.short_range, WholeModel):
+            return self.short_range.evaluate(systems)
         assert self._pairs is not None
         return self._local(self.short_range, systems, self._pairs(systems), self._dtype)
 
@@ -251,7 +284,8 @@ class Potential:
         """Energy [b], forces and virial of a local model."""
         vectors = pairs.vectors.to(dtype).detach().requires_grad_(True)
         with torch.enable_grad():
-            atomic = model(systems.numbers, pairs.index, vectors)
+            shifts = (pairs.shift,) if getattr(model, "takes_shifts", False) else ()
+            atomic = model(systems.numbers, pairs.index, vectors, *shifts)
             (gradient,) = torch.autograd.grad(atomic.sum(), vectors, allow_unused=True)
         if gradient is None:
             gradient = torch.zeros_like(vectors)

@@ -42,6 +42,11 @@ class Systems:
     carried : [n] float64 or None, e, the charges that enter the dipole when ``response`` is not ``all``
     electrode : [n] int64 or None, the electrode an atom belongs to; −1: none
     applied : [b, electrodes] float64 or None, V of an electrode at a potential, e of one at a charge
+    displacement : [b, 3] float64 or None, V/Å, the electric displacement D = ε + 4π k_e M/V that is held; NaN along
+        axes where ``field`` is
+    field_cell : [b, 3, 3] float64 or None, Å, the cell at which ``field`` and ``displacement`` are what they say: under
+        strain the voltages ε·a across the cell and the flux of D through its faces stay; None: ε and D themselves stay
+    origin : [b, 3] float64 or None, e, fractional: M counts from ``origin @ cell`` (Σ q̄_i s_i of a reference structure)
     """
 
     positions: Tensor
@@ -57,6 +62,9 @@ class Systems:
     carried: Tensor | None = None
     electrode: Tensor | None = None
     applied: Tensor | None = None
+    displacement: Tensor | None = None
+    field_cell: Tensor | None = None
+    origin: Tensor | None = None
 
     @classmethod
     def from_atoms(
@@ -173,6 +181,9 @@ class Systems:
                     carried=None if self.carried is None else self.carried[atoms],
                     electrode=None if self.electrode is None else self.electrode[atoms],
                     applied=None if self.applied is None else self.applied[i : i + 1],
+                    displacement=None if self.displacement is None else self.displacement[i : i + 1],
+                    field_cell=None if self.field_cell is None else self.field_cell[i : i + 1],
+                    origin=None if self.origin is None else self.origin[i : i + 1],
                 )
             )
             first_atom += count
@@ -180,11 +191,11 @@ class Systems:
 
     @classmethod
     def join(cls, parts: Sequence[Systems]) -> Systems:
-        """One batch of several; optional per-atom arrays must be present in all or in none.
+        """One batch of several; what is optional must be present in all or in none, but for displacement and origin.
 
-        Raises ValueError where only some parts have fragments, carried charges or electrodes.
+        Raises ValueError where only some parts have fragments, carried charges, electrodes or the cell of a field.
         """
-        for name in ("fragments", "parents", "carried", "electrode"):
+        for name in ("fragments", "parents", "carried", "electrode", "field_cell"):
             if len({getattr(p, name) is None for p in parts}) > 1:
                 raise ValueError(f"cannot join structures of which only some have {name}: give it to all or to none")
         first_atom = np.cumsum([0] + [p.n_atoms for p in parts])
@@ -198,6 +209,14 @@ class Systems:
             if getattr(parts[0], name) is None:
                 return None
             return torch.cat([getattr(p, name) + int(o) for p, o in zip(parts, first[:-1], strict=True)])
+
+        def filled(name: str, absent: float) -> Tensor | None:
+            values = [getattr(p, name) for p in parts]
+            if all(v is None for v in values):
+                return None
+            return torch.cat(
+                [torch.full_like(p.field, absent) if v is None else v for v, p in zip(values, parts, strict=True)]
+            )
 
         batch = offset("batch", first_system)
         assert batch is not None
@@ -215,4 +234,7 @@ class Systems:
             carried=cat("carried") if parts[0].carried is not None else None,
             electrode=cat("electrode") if parts[0].electrode is not None else None,
             applied=cat("applied") if parts[0].applied is not None else None,
+            displacement=filled("displacement", torch.nan),
+            field_cell=cat("field_cell") if parts[0].field_cell is not None else None,
+            origin=filled("origin", 0.0),
         )

@@ -61,6 +61,7 @@ class FixedChargeForces(TaperedPQEq):
             charges=q,
             shells=shells,
             dipole=structure._dipole(q, shells)[None],
+            field=structure.field[None],
             residual=residual[None],
             iterations=torch.tensor([self.iterations]),
         )

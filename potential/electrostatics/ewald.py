@@ -570,7 +570,10 @@ class CoulombState:
         return out
 
     def virial(self) -> Tensor:
-        """−∂E/∂strain with charges and shell displacements Δ (Å, not scaled) held fixed, [b, 3, 3] eV."""
+        """−∂E/∂strain with charges and shell displacements Δ (Å, not scaled) held fixed, [b, 3, 3] eV.
+
+        Not symmetric: shells that do not turn along are turned against their atoms.
+        """
         out = torch.zeros_like(self.op.system.cell)
         for pairs in self._pairs:
             out += pairs.virial(len(out))
@@ -578,4 +581,4 @@ class CoulombState:
             out[mesh.sum.members] += mesh.virial()
         for part, rigid in self._rigid:
             out[part.members] += rigid.virial()
-        return 0.5 * (out + out.transpose(1, 2))
+        return out

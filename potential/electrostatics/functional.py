@@ -11,10 +11,21 @@ does not (``response``). Electrodes feel it along open directions; along periodi
 meaning, they are left out of M. Across a *finite-field* cell (Dufils et al., Phys. Rev. Lett. 123, 195501 (2019)) every
 charge feels, beside the electrodes' potentials, the uniform field −(ψ_high − ψ_low) c*, with c* the reciprocal vector
 (c*·c = 1) of the periodic direction c across which the potential jumps.
+
+Along Cartesian axes a with a *displacement* D_a (Stengel, Spaldin & Vanderbilt, Nat. Phys. 5, 304 (2009)) the field is
+an answer, ε_a = D_a − 4πk_e M_a/V, and −ε_a M_a gives way to V/(8πk_e)·ε_a²: what is stationary is then
+
+    U(q, Δ; D) = Ω(ε = 0) + V/(8πk_e) Σ_{a: D} (D_a − 4πk_e M_a/V)² − Σ_{b: ε} ε_b M_b
+
+which adds (4πk_e/V) ∂M_a/∂y ∂M_a/∂yᵀ to the Hessian. Under strain ε and D stay (V/Å), or, where the structure brings
+the cell h₀ (``Systems.field_cell``, rows) they are given at, the voltages across the cell and the flux through its
+faces: ε = h⁻¹ h₀ ε₀ and D = (V₀/V) D₀ h₀⁻¹ h, of which along an axis with D only the second and along the others only
+the first counts.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,16 +60,19 @@ class Point:
         spring, stiffness, growth = f.spring(self.shells)
         self.stiffness, self.growth = stiffness, growth
         moments = f.charge_moments(self.q) - f.shell_coupling * f.z[:, None] * self.shells
-        self.dipole = torch.zeros_like(f.field).index_add_(0, f.system.batch, moments)
+        self.dipole = f.total(moments) - f.origin
+        self.field = f.field - f.screening * self.dipole  # that acts, [b, 3]
         total = f.segments.sum
         self.terms = {
             "electronegativity": total(f.chi * self.q),
             "hardness": total(0.5 * f.eta * self.q.square()),
             "spring": total(spring),
             "coulomb": self.coulomb.energy,
-            "field": -(f.field * self.dipole).sum(-1),
+            "field": -(torch.where(f.held, 0.0, f.field) * self.dipole).sum(-1),
         }
-        field = f.field[f.system.batch]
+        if f.displaced:
+            self.terms["displacement"] = 0.5 * f.room * (f.held * self.field.square()).sum(-1)
+        field = self.field[f.system.batch]
         g_q = f.chi + f.eta * self.q + self.coulomb.potential[0] - (f.lever * field).sum(-1)
         if f.psi is not None:
             self.terms["electrodes"] = -total(f.psi * self.q)
@@ -74,10 +88,10 @@ class Point:
         self._exact = self.steering.state is self.coulomb
 
     def product(self, direction: Tensor) -> Tensor:
-        return self._with_springs(self.steering.product(direction), direction)
+        return self._with_local(self.steering.product(direction), direction)
 
     def matrix(self) -> Tensor | None:
-        """The Hessian itself, [4n, 4n], where the Coulomb operator has it."""
+        """The Hessian itself, [4n, 4n], where the Coulomb operator has it: never in a cell, where there may be a D."""
         out = self.coulomb.matrix()
         if out is None:
             return None
@@ -96,13 +110,19 @@ class Point:
 
     def exact_product(self, direction: Tensor) -> Tensor:
         self.linearize_exactly()
-        return self._with_springs(self.coulomb.product(direction), direction)
+        return self._with_local(self.coulomb.product(direction), direction)
 
-    def _with_springs(self, out: Tensor, direction: Tensor) -> Tensor:
+    def _with_local(self, out: Tensor, direction: Tensor) -> Tensor:
+        """Adds hardness, springs and what a displacement makes of the change of M."""
         dshell = direction[:, 1:]
         out[:, 0] += self.functional.eta * direction[:, 0]
         radial = (self.shells * dshell).sum(-1, keepdim=True) * self.growth[:, None] * self.shells
         out[:, 1:] += self.stiffness[:, None] * dshell + radial
+        f = self.functional
+        if f.displaced:
+            change = (f.screening * f.moved(direction))[f.system.batch]
+            out[:, 0] += (f.lever * change).sum(-1)
+            out[:, 1:] -= f.shell_coupling * f.z[:, None] * change
         return out
 
 
@@ -125,8 +145,9 @@ class Functional:
     """The functional of a batch: implements solver.Functional.
 
     Attributes of use outside: segments, system, chi, eta, z, free (False: held charge), lever [n, 3] (∂M/∂q, Å),
-    coupling [n, 3, 3] (∂M_a/∂r_b at fixed charges less the shells', e), field [b, 3] (all of it), reduced [b, 3] (the
-    part that scales with the cell), shell_coupling, psi [n] or None.
+    coupling [n, 3, 3] (∂M_a/∂r_b at fixed charges less the shells', e), shell_coupling, psi [n] or None;
+    field [b, 3] (V/Å: ε, or D along axes where it is held), held [b, 3] (bool: D is), displaced (whether any is),
+    screening [b, 3] (4πk_e/V along these axes, else 0), origin [b, 3] (e Å: where M counts from).
     """
 
     def __init__(self, model: PQEq, system: Systems) -> None:
@@ -142,6 +163,7 @@ class Functional:
         self._options: dict[str, Any] = {"k_e": model.coulomb_constant, "cache": model.kernels}
         self.operator = CoulombOperator(system, self._alpha, -self.z, accuracy=model.accuracy, **self._options)
         self._applied()
+        self._external()
         self._couple()
         self.group, self.group_charge = self._groups()
         # preconditioner: own hardness per charge, spring per shell
@@ -163,10 +185,9 @@ class Functional:
         return bool(self.free.any()) or bool((self.z != 0).any())
 
     def _applied(self) -> None:
-        """Potentials on atoms, ψ [n] (V), and the field that a jump of the potential across the cell is."""
+        """Potentials on atoms, ψ [n] (V)."""
         model, system = self.model, self.system
         self.psi: Tensor | None = None
-        self.reduced = torch.zeros_like(system.field)
         if not model.electrodes and system.electrode is None:
             return
         held = 0 if system.applied is None else system.applied.shape[1]
@@ -178,13 +199,40 @@ class Functional:
         at_potential = torch.tensor([*controlled, False], device=system.device)[system.electrode]
         values = torch.cat([system.applied, torch.zeros_like(system.applied[:, :1])], dim=1)
         self.psi = torch.where(at_potential, values[system.batch, system.electrode], 0.0)
-        if model.finite_field is not None:
-            self.reduced = finite_field(system, model.finite_field)
+
+    def _external(self) -> None:
+        """Field and displacement in this cell, and how they change with it."""
+        system, given = self.system, self.system.field
+        self._turning = torch.zeros_like(given)  # the part of the field that is a voltage, along all axes
+        if system.field_cell is not None:
+            straight = torch.linalg.solve(system.cell, system.field_cell @ given[..., None])[..., 0]
+            self._turning, given = straight, straight
+        if self.model.finite_field is not None:
+            jump = finite_field(system, self.model.finite_field)
+            self._turning, given = self._turning + jump, given + jump
+        self.origin = torch.zeros_like(given)
+        if system.origin is not None:
+            self.origin = torch.einsum("bi,bij->bj", system.origin, system.cell)
+        self.field, self.screening = given, torch.zeros_like(given)
+        self.held = torch.zeros_like(given, dtype=torch.bool)
+        self.displaced = False
+        if system.displacement is None:
+            return
+        self.held = ~system.displacement.isnan()
+        self.displaced = bool(self.held.any())
+        volume = torch.linalg.det(system.cell).abs()
+        self.room = volume / (4 * math.pi * self.model.coulomb_constant)  # e/(V/Å) Å
+        self._flux = torch.where(self.held, system.displacement, 0.0)
+        if system.field_cell is not None:
+            through = torch.linalg.solve(system.field_cell.transpose(1, 2), self._flux[..., None])
+            ratio = torch.linalg.det(system.field_cell).abs() / volume
+            self._flux = ratio[:, None] * (system.cell.transpose(1, 2) @ through)[..., 0]
+        self.field = torch.where(self.held, self._flux, given)
+        self.screening = self.held / self.room[:, None]
 
     def _couple(self) -> None:
         """Who feels a field, and with which lever."""
         model, system = self.model, self.system
-        self.field = system.field + self.reduced
         all_feel = model.response == "all" or model.finite_field is not None
         self.shell_coupling = 0.0 if model.response == "frozen" and model.finite_field is None else 1.0
         whole = whole_positions(system)
@@ -204,13 +252,25 @@ class Functional:
         self._carrying = torch.zeros_like(self.free)  # what does not feel a field itself
         if not all_feel:
             self._carrying = self.free if system.electrode is None else self.free & (system.electrode < 0)
-        if bool(self._carrying.any()) and system.carried is None and bool((system.field != 0).any()):
+        acts = self.displaced or bool((system.field != 0).any())
+        if bool(self._carrying.any()) and system.carried is None and acts:
             raise InputError(
                 f"charges.response is {model.response} in a field but the structure carries no charges: "
                 "prepare it first"
             )
         self._whole = whole
-        self.pull = torch.einsum("nab,na->nb", feel, self.field[system.batch])  # force on a charge, V/Å
+
+    def pull(self, field: Tensor) -> Tensor:
+        """Force of a field [b, 3] on a unit of every charge, [n, 3] (V/Å)."""
+        return torch.einsum("nab,na->nb", self._feel, field[self.system.batch])
+
+    def total(self, vectors: Tensor) -> Tensor:
+        """Sums [b, 3] of vectors [n, 3] over the atoms of every structure."""
+        return torch.zeros_like(self.system.field).index_add_(0, self.system.batch, vectors)
+
+    def moved(self, direction: Tensor) -> Tensor:
+        """Change of M [b, 3] with a direction [n, 4] in (q, Δ)."""
+        return self.total(direction[:, :1] * self.lever - self.shell_coupling * self.z[:, None] * direction[:, 1:])
 
     def _carried(self, q: Tensor) -> Tensor:
         """Charges [n] in M of what does not feel a field: the carried ones (where none are given, its own)."""
@@ -227,14 +287,22 @@ class Functional:
         return q[:, None, None] * self._feel + self._carried(q)[:, None, None] * eye
 
     def field_virial(self, point: Point) -> Tensor:
-        """−∂/∂strain of −ε·M at fixed q and Δ, [b, 3, 3]: a uniform field stays, the reduced one turns along."""
-        moment = self.charge_moments(point.q)
-        out = torch.zeros_like(self.system.cell)
-        out.index_add_(0, self.system.batch, self.system.field[self.system.batch][:, :, None] * moment[:, None, :])
-        if bool((self.reduced != 0).any()):  # cores move along with it, shell displacements do not
-            shells = self.z[:, None] * point.shells
-            out.index_add_(0, self.system.batch, self.reduced[self.system.batch][:, :, None] * shells[:, None, :])
-        return 0.5 * (out + out.transpose(1, 2))
+        """−∂/∂strain of what field and displacement add, at fixed q and Δ, [b, 3, 3]; strain: r_a -> r_a + s_ab r_b.
+
+        Cores and the origin of M move along, shell displacements do not. Voltages turn the field, ∂ε_c/∂s_ab =
+        −δ_cb ε_a; a flux turns and thins D, ∂D_c/∂s_ab = δ_ca D_b − δ_ab D_c.
+        """
+        moment = self.total(self.charge_moments(point.q)) - self.origin
+        out = point.field[:, :, None] * moment[:, None, :]
+        out = out - self._turning[:, :, None] * torch.where(self.held, 0.0, point.dipole)[:, None, :]
+        if not self.displaced:
+            return out
+        field = torch.where(self.held, point.field, 0.0)
+        growth = -0.5 * self.room * field.square().sum(-1) - (field * point.dipole).sum(-1)
+        if self.system.field_cell is not None:
+            growth = growth + self.room * (field * self._flux).sum(-1)
+            out = out - self.room[:, None, None] * field[:, :, None] * self._flux[:, None, :]
+        return out + growth[:, None, None] * torch.eye(3, dtype=out.dtype, device=out.device)
 
     def _groups(self) -> tuple[Tensor, Tensor]:
         """Group of every atom [n] and what its charges add up to [groups]; the last group is that of held charges.

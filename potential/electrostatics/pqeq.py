@@ -8,8 +8,8 @@ Every structure of a batch minimises, over q [n] (e) and Δ [n, 3] (Å),
 :mod:`voltpi.potential.electrostatics.ewald`, U the spring (``limiter: none``: ½ K Δ²; ``fene``:
 −½ K Δ_max² ln(1 − Δ²/Δ_max²), smooth, and equal to it for small Δ) and M the dipole that ``response`` names.
 Naserifar et al., J. Chem. Phys. 146, 124117 (2017); Gao et al., Nat. Commun. 16, 10484 (2025). At the stationary
-point forces and virial are partial derivatives at fixed (q, Δ) (Hellmann–Feynman); Born charges and polarizability
-come from H δy = −∂²E/∂y∂ε.
+point forces and virial are partial derivatives at fixed (q, Δ) (Hellmann–Feynman; the virial is not symmetric in a
+field, which distinguishes directions); Born charges and polarizability come from H δy = −∂²E/∂y∂ε.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ FREE_SHELL_BOUND = 2.0
 class PQEqSolution:
     """Answer for a batch (eV, Å, e); see :class:`voltpi.potential.response.Response` for the meaning of each.
 
-    energy [b], terms name -> [b], forces [n, 3], virial [b, 3, 3], charges [n], shells [n, 3], dipole [b, 3], residual
-    [b], iterations [b], born_charges [n, 3, 3], polarizability [b, 3, 3], smallest_curvature [b], electrodes name ->
-    answers [b], capacitance [b, electrodes, electrodes].
+    energy [b], terms name -> [b], forces [n, 3], virial [b, 3, 3], charges [n], shells [n, 3], dipole [b, 3], field
+    [b, 3], residual [b], iterations [b], born_charges [n, 3, 3], polarizability [b, 3, 3], smallest_curvature [b],
+    electrodes name -> answers [b], capacitance [b, electrodes, electrodes].
     """
 
     energy: Tensor
@@ -72,6 +72,7 @@ class PQEqSolution:
     charges: Tensor
     shells: Tensor
     dipole: Tensor
+    field: Tensor
     residual: Tensor
     iterations: Tensor
     born_charges: Tensor | None = None
@@ -209,11 +210,21 @@ class PQEq:
         return rows.to(numbers.device)[numbers]
 
     def check_field(self, system: Systems) -> None:
-        """Refuses a field that is not well defined for these boundaries.
+        """Refuses a field or displacement that is not well defined for these boundaries.
 
-        Raises InputError: charges that flow under a field along a periodic direction.
+        Raises InputError: charges that flow under a field along a periodic direction; a displacement without three
+        periodic directions, with electrodes, a net charge, or a field along the same axis; voltages to keep under
+        strain without three periodic directions.
         """
         along = torch.einsum("bij,bj->bi", system.cell, system.field).abs() > 1e-12
+        if system.field_cell is not None and not bool(system.pbc.all()):
+            raise InputError(
+                "field_under_strain is reduced, which keeps the voltages across a cell, but the structure is not "
+                "periodic in all three directions: set it to uniform"
+            )
+        if system.displacement is not None:
+            self._check_displacement(system, ~system.displacement.isnan())
+            along = along | ((system.cell.abs() > 1e-12) & ~system.displacement.isnan()[:, None, :]).any(-1)
         if self.electrodes:
             blocked = torch.einsum("bac,bc->ba", open_directions(system, None), system.field) - system.field
             if bool((blocked.abs() > 1e-12).any()):
@@ -229,7 +240,8 @@ class PQEq:
         electrolyte = self._electrolyte(system)
         if not bool((along & system.pbc).any()) or not bool((self._free(electrolyte) & electrolyte).any()):
             return
-        field, instead = "field along a periodic direction with charges.response all", "charges.response to shells"
+        kind = "field" if system.displacement is None else "displacement"
+        field, instead = f"{kind} along a periodic direction with charges.response all", "charges.response to shells"
         if self.finite_field is not None:
             field, instead = "coulomb.boundary finite-field", "coulomb.boundary to a slab"
         if self.conserve == "total":
@@ -242,6 +254,29 @@ class PQEq:
             raise InputError(
                 f"{field}, along which a fragment is bonded to its own image: its charge could flow across the cell; "
                 f"set {instead}"
+            )
+
+    def _check_displacement(self, system: Systems, held: Tensor) -> None:
+        """Raises InputError for a constant displacement along axes ``held`` [b, 3] that is not well defined."""
+        if not bool(held.any()):
+            return
+        if bool((held & (system.field != 0)).any()):
+            axis = "xyz"[int((held & (system.field != 0)).any(0).nonzero()[0])]
+            raise InputError(f"displacement and field are both set along {axis}: keep one of the two along each axis")
+        if self.electrodes:
+            raise InputError(
+                "displacement with electrodes: their charges are the displacement; give them charges, or remove it"
+            )
+        if not bool(system.pbc[held.any(1)].all()):
+            raise InputError(
+                "displacement in a structure that is not periodic in all three directions, where the volume in "
+                "D = ε + 4πk_e M/V has no meaning: give field instead, or set coulomb.boundary to periodic"
+            )
+        charged = (held.any(1) & (system.net_charge.abs() > 1e-6)).nonzero()[:, 0]
+        if len(charged):
+            raise InputError(
+                f"charges.net_charge is {float(system.net_charge[charged[0]]):g} e with a displacement, but the "
+                "polarization of a charged cell depends on where it is counted from: set it to 0, or give field instead"
             )
 
     def _check_finite_field(self, system: Systems) -> None:
@@ -285,7 +320,7 @@ class PQEq:
         coupled = functional.coupling(point.q)
         coulomb = point.coulomb
         forces = -(coulomb.site_charges[..., None] * coulomb.gradient).sum(0)
-        forces = forces + torch.einsum("nab,na->nb", coupled, functional.field[system.batch])
+        forces = forces + torch.einsum("nab,na->nb", coupled, point.field[system.batch])
         virial = coulomb.virial() + functional.field_virial(point)
         born = alpha = None
         if born_charges or polarizability:
@@ -302,6 +337,7 @@ class PQEq:
             charges=point.q,
             shells=point.shells,
             dipole=point.dipole,
+            field=point.field,
             residual=solution.residual,
             iterations=solution.products,
             born_charges=born if born_charges else None,

@@ -14,29 +14,51 @@ from voltpi.potential.errors import InputError, NoStablePointError, NotConverged
 
 __all__ = ["to_field", "to_potentials"]
 
+_SOFTEST = 1e-6  # of 1/ε∞: where it vanishes, the response to a field diverges
+
 
 def to_field(functional: Functional, point: Point, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Born charges [n, 3, 3] (e) and polarizability [b, 3, 3] (Å³).
+    """Born charges [n, 3, 3] (e) and polarizability [b, 3, 3] (Å³), both at fixed field.
 
+    Where a displacement is held, the three answers X = H⁻¹U (U_a = ∂M_a/∂y) are those at fixed D; with α = UᵀX and the
+    screening S = 4πk_e/V along its axes, those at fixed field are X (1 − Sα)⁻¹, exactly (Woodbury).
     A mesh keeps the acoustic sum rule, Σ_i Z*_i = Σ_i q̄_i, to its accuracy; what is missing is shared by all atoms.
     Raises NoStablePointError and NotConvergedError where there is no response.
     """
     coupled, batch = functional.coupling(point.q), functional.system.batch
-    born = torch.zeros_like(coupled)
+    answers = torch.zeros(3, *point.gradient.shape, dtype=point.gradient.dtype, device=point.gradient.device)
     alpha = torch.zeros_like(functional.system.cell)
     for a in range(3):
         mixed = torch.zeros_like(point.gradient)  # ∂²Ω/∂y∂ε_a
         mixed[:, 0] = -functional.lever[:, a]
         mixed[:, 1 + a] = functional.shell_coupling * functional.z
-        answer = _response(functional, point, mixed, tolerance, "a field")
-        dq, dshells = answer[:, 0], answer[:, 1:]
+        answers[a] = _response(functional, point, mixed, tolerance, "a field")
+        alpha[:, :, a] = functional.moved(answers[a])
+    if functional.displaced:
+        released = _at_fixed_field(functional, alpha)
+        answers = torch.einsum("cny,nca->any", answers, released[batch])
+        alpha = alpha @ released
+    born = torch.zeros_like(coupled)
+    pull = functional.pull(point.field)
+    for a, answer in enumerate(answers):
         change = point.coulomb.core_gradient_change(answer)
-        net = torch.zeros_like(functional.system.field).index_add_(0, batch, change)
+        net = functional.total(change)
         born[:, a] = (net / torch.bincount(batch)[:, None])[batch] - change
-        born[:, a] += coupled[:, a] + dq[:, None] * functional.pull
-        moved = dq[:, None] * functional.lever - functional.shell_coupling * functional.z[:, None] * dshells
-        alpha[:, :, a] = torch.zeros_like(functional.system.field).index_add_(0, batch, moved)
+        born[:, a] += coupled[:, a] + answer[:, :1] * pull
     return born, 0.5 * (alpha + alpha.transpose(1, 2)) * functional.model.coulomb_constant
+
+
+def _at_fixed_field(functional: Functional, alpha: Tensor) -> Tensor:
+    """(1 − Sα)⁻¹ [b, 3, 3] for α = ∂M/∂ε at fixed D. Raises NoStablePointError where no fixed field would hold it."""
+    eye = torch.eye(3, dtype=alpha.dtype, device=alpha.device)
+    root = functional.screening.sqrt()
+    rest = eye - root[:, :, None] * 0.5 * (alpha + alpha.transpose(1, 2)) * root[:, None, :]
+    if bool((torch.linalg.eigvalsh(rest)[:, 0] < _SOFTEST).any()):
+        raise NoStablePointError(
+            "charges and shells are stable at the constant displacement only: at constant field they have no response; "
+            "set output.born_charges and output.polarizability to false, or give stiffer parameters (larger K)"
+        )
+    return torch.linalg.inv(eye - functional.screening[:, :, None] * alpha)
 
 
 def to_potentials(functional: Functional, point: Point, tolerance: float) -> Tensor:

@@ -279,10 +279,11 @@ class _Structure:
             energy=torch.stack(list(terms.values())).sum()[None],
             terms={name: value[None] for name, value in terms.items()},
             forces=coupled[:, None] * self.field - sums.cores,
-            virial=0.5 * (virial + virial.T)[None],
+            virial=virial[None],
             charges=q,
             shells=shells,
             dipole=self._dipole(coupled, moved)[None],
+            field=self.field[None],
             residual=residual[None],
             iterations=torch.tensor([self.model.iterations], device=positions.device),
         )
@@ -380,8 +381,19 @@ class TaperedPQEq:
     def check_field(self, systems: Systems) -> None:
         """Refuses a field that is not well defined for these boundaries.
 
-        Raises InputError: charges that flow under a field along a periodic direction.
+        Raises InputError: charges that flow under a field along a periodic direction; a displacement, or voltages to
+        keep under strain, which the tapered sum does not have.
         """
+        if systems.displacement is not None and bool((~systems.displacement.isnan()).any()):
+            raise InputError(
+                "displacement is not available with coulomb.method: taper, whose charges are not stationary: give "
+                "field instead, or set coulomb.method to auto"
+            )
+        if systems.field_cell is not None:
+            raise InputError(
+                "field_under_strain: reduced is not available with coulomb.method: taper: set it to uniform, or "
+                "coulomb.method to auto"
+            )
         self.pqeq.check_field(systems)
 
     def solve(
@@ -424,4 +436,4 @@ class TaperedPQEq:
         )
 
 
-_BATCHED = ("energy", "forces", "virial", "charges", "shells", "dipole", "residual", "iterations")
+_BATCHED = ("energy", "forces", "virial", "charges", "shells", "dipole", "field", "residual", "iterations")

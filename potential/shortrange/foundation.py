@@ -2,7 +2,6 @@
 
     sevennet-0 | sevennet-l3i5 | sevennet:PATH   SevenNet: Park et al., J. Chem. Theory Comput. 20, 4857 (2024)
     chgnet | chgnet-r2scan                       CHGNet: Deng et al., Nat. Mach. Intell. 5, 1031 (2023)
-    mace:PATH                                    MACE: Batatia et al., NeurIPS (2022)
     ase:MODULE:FUNCTION                          any ASE calculator: FUNCTION() of MODULE returns it
 
 A model of the first kind (:class:`EdgeModel`) is given the neighbours that the rest of VoltPI uses and answers with
@@ -92,8 +91,13 @@ def load_foundation(name: str, *, precision: str = "mixed") -> EdgeModel | Whole
     """
     kind, _, rest = name.partition(":")
     dtype = torch.float64 if precision == "double" else torch.float32
+    if kind in ("mace", "qet"):
+        raise InputError(
+            f"short_range.foundation: {kind} is not available in this version; use ase:module:function with its ASE "
+            "calculator"
+        )
     if kind not in _LOADERS or (kind in _NEED_MORE) != bool(rest):
-        forms = "sevennet-0 | sevennet-l3i5 | sevennet:PATH | chgnet | chgnet-r2scan | mace:PATH | ase:module:function"
+        forms = "sevennet-0 | sevennet-l3i5 | sevennet:PATH | chgnet | chgnet-r2scan | ase:module:function"
         raise InputError(f"short_range.foundation is '{name}': choose {forms}")
     return _LOADERS[kind](name, rest, dtype)
 
@@ -110,12 +114,6 @@ def _chgnet(name: str, rest: str, dtype: torch.dtype) -> EdgeModel:
     return CHGNet.load(name, dtype)
 
 
-def _mace(name: str, rest: str, dtype: torch.dtype) -> EdgeModel:
-    from voltpi.potential.shortrange.mace import MACE
-
-    return MACE.load(name, rest, dtype)
-
-
 def _ase(name: str, rest: str, dtype: torch.dtype) -> WholeModel:
     from voltpi.potential.shortrange.ase_calculator import ASEModel
 
@@ -128,7 +126,6 @@ _LOADERS: dict[str, Callable[[str, str, torch.dtype], EdgeModel | WholeModel]] =
     "sevennet": _sevennet,
     "chgnet": _chgnet,
     "chgnet-r2scan": _chgnet,
-    "mace": _mace,
     "ase": _ase,
 }
-_NEED_MORE = ("sevennet", "mace", "ase")
+_NEED_MORE = ("sevennet", "ase")

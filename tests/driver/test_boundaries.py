@@ -125,8 +125,7 @@ def test_forces_and_virial_of_a_slab_over_the_wire_are_derivatives() -> None:
         assert result.forces[atom, axis] == pytest.approx(-slope, rel=1e-6, abs=1e-8)
     for a, b in ((0, 0), (0, 1), (2, 2), (0, 2)):
         strain = np.zeros((3, 3))
-        strain[a, b] += 0.5 * step
-        strain[b, a] += 0.5 * step
+        strain[a, b] += step
         up, down = np.eye(3) + strain, np.eye(3) - strain
         slope = (energy(up @ h, r @ up.T) - energy(down @ h, r @ down.T)) / (2 * step)
         assert result.virial[a, b] == pytest.approx(-slope, rel=1e-5, abs=1e-7)

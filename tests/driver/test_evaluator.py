@@ -74,7 +74,8 @@ def test_same_numbers_as_ipis_own_driver_around_the_ase_calculator(tmp_path: Pat
     # i-PI takes 0.036749326 hartree for an eV, 1e-7 off
     assert ours.energy == pytest.approx(float(energy_), rel=5e-7)
     np.testing.assert_allclose(ours.forces, forces, rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(ours.virial, virial.reshape(3, 3), rtol=1e-6, atol=1e-9)
+    # ASE's stress is symmetric, and a field distinguishes directions
+    np.testing.assert_allclose(0.5 * (ours.virial + ours.virial.T), virial.reshape(3, 3), rtol=1e-6, atol=1e-9)
 
 
 def test_forces_and_virial_are_derivatives_in_atomic_units() -> None:
@@ -88,15 +89,15 @@ def test_forces_and_virial_are_derivatives_in_atomic_units() -> None:
         minus[atom, axis] -= step
         slope = (energy(e, h, plus) - energy(e, h, minus)) / (2 * step)
         assert result.forces[atom, axis] == pytest.approx(-slope, rel=1e-6, abs=1e-9)
-    for a, b in ((0, 0), (0, 2), (1, 2)):
+    for a, b in ((0, 0), (0, 2), (1, 2), (2, 1)):
         strain = np.zeros((3, 3))
-        strain[a, b] += 0.5 * step
-        strain[b, a] += 0.5 * step
+        strain[a, b] += step
         up, down = np.eye(3) + strain, np.eye(3) - strain
         # lattice vectors are columns of h and rows of r
         slope = (energy(e, up @ h, r @ up.T) - energy(e, down @ h, r @ down.T)) / (2 * step)
         assert result.virial[a, b] == pytest.approx(-slope, rel=1e-6, abs=1e-9)
-    np.testing.assert_allclose(result.virial, result.virial.T, atol=1e-12)
+    # a field distinguishes directions, and i-PI's cells have an upper triangle only
+    assert abs(result.virial[1, 2] - result.virial[2, 1]) > 1e-4
 
 
 def test_an_open_template_ignores_the_cell_that_ipi_always_sends() -> None:
@@ -317,7 +318,6 @@ def test_positions_that_are_not_finite_stop_the_run(bad: float) -> None:
 UNAVAILABLE = {
     "charges.model": ["latent", "linear-qeq"],
     "short_range": [{"foundation": "chgnet"}],
-    "displacement": [[None, None, 0.1]],
 }
 
 

@@ -24,7 +24,7 @@ from voltpi.driver.client import UnixAddress, serve
 from voltpi.driver.evaluator import BOHR, HARTREE, Evaluator
 from voltpi.driver.ipi_input import read_input
 from voltpi.driver.potentiostat import run_evaluator
-from voltpi.driver.schedule import Scheduled, Steps, potential_at
+from voltpi.driver.schedule import Scheduled, Steps, value_at
 from voltpi.driver.settings import Clock, Settings, load_settings
 from voltpi.potential.errors import InputError, VoltPIError
 
@@ -63,14 +63,14 @@ def tree(right: Any = RAMP, **more: Any) -> Settings:
 def test_shapes(shape: Any, at: dict[float, float]) -> None:
     potential = tree(shape).electrodes[1].potential
     assert potential is not None
-    assert {t: potential_at(potential, t) for t in at} == pytest.approx(at, abs=1e-12)
+    assert {t: value_at(potential, t) for t in at} == pytest.approx(at, abs=1e-12)
 
 
 def test_a_square_wave_jumps_at_its_step_and_not_one_later() -> None:
     square = tree({"square": {"low": 0, "high": 1, "period": 0.006}}).electrodes[1].potential
     assert square is not None
     times = Steps(Clock(timestep=0.1)).times(np.arange(6000))
-    high = np.array([potential_at(square, t) for t in times]).reshape(-1, 30)
+    high = np.array([value_at(square, t) for t in times]).reshape(-1, 30)
     assert (high == np.array([0.0, 1.0] * 100)[:, None]).all()
 
 
@@ -96,7 +96,7 @@ def test_shapes_that_cannot_be(shape: Any, words: str) -> None:
 
 
 def test_settings_that_contradict() -> None:
-    with pytest.raises(InputError, match="clock is for potentials that change with time, and there is none"):
+    with pytest.raises(InputError, match="clock is for potentials and fields that change with time"):
         tree(0.5, clock={"timestep": 1.0})
     finite = {"coulomb": {"boundary": "finite-field-z"}}
     assert tree(**finite).scheduled == ["electrodes.1.potential"]
@@ -158,7 +158,7 @@ def follows(folder: Path, steps: int, beads: int, right: Any = RAMP, first: int 
     """Whether every step i-PI printed was evaluated at its own time."""
     potential = tree(right).electrodes[1].potential
     assert potential is not None
-    expected = [potential_at(potential, 4e-3 * step) for step in range(first, steps + 1)]
+    expected = [value_at(potential, 4e-3 * step) for step in range(first, steps + 1)]
     time = np.loadtxt(folder / "run.out")[:, 1]
     np.testing.assert_allclose(time, 4e-3 * np.arange(first, steps + 1), rtol=1e-12)
     for bead in range(beads):

@@ -269,10 +269,11 @@ def test_forces_are_exact_derivatives(mode):
 
 
 def strains(case):
-    """Symmetric strains that leave a field along an open direction where it is."""
+    """Strains [3, 3] of rows that leave a field along an open direction where it is."""
     n = case.normal() if case.boundary != "open" else np.zeros(3)
     random = np.random.default_rng(5).normal(size=(3, 3))
-    random = random + random.T
+    if case.boundary != "periodic":  # what is open has axes of its own
+        random = random + random.T
     if case.boundary == "slab" and any(case.field):  # the normal must not turn
         across = np.outer(n, n)
         plane = np.eye(3) - across
@@ -289,8 +290,7 @@ def test_virial_is_the_exact_derivative(mode):
 
     virial = mode.answer.virial[0]
     numeric = -slope(mode, deformed, 5e-4)
-    assert float((virial * strain).sum()) == pytest.approx(numeric, rel=1e-7, abs=1e-7 * float(virial.norm()))
-    assert torch.equal(virial, virial.T)
+    assert float((virial * strain.T).sum()) == pytest.approx(numeric, rel=1e-7, abs=1e-7 * float(virial.norm()))
 
 
 def test_charges_and_potentials_are_exact_derivatives(mode):

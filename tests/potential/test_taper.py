@@ -189,8 +189,7 @@ def test_forces_virial_and_dipole_are_exact_derivatives(name):
 
         def strained(step, a=a, b=b):
             strain = np.eye(3)
-            strain[a, b] += 0.5 * step
-            strain[b, a] += 0.5 * step
+            strain[b, a] += step  # r_a -> r_a + step r_b, of rows
             copy = atoms.copy()
             copy.positions = copy.positions @ strain
             copy.cell = copy.cell.array @ strain

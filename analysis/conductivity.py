@@ -1,0 +1,422 @@
+"""Ionic conductivity of a run: from diffusion, from the collective charge displacement, from the current, from drift.
+
+With M(t) = ∫ J V dt, the dipole of all charges followed through the cell's faces (e·Å), V volume, T temperature:
+
+    Nernst–Einstein     σ_NE = Σ_s N_s q_s² D_s / (V k_B T)                  ions that move independently
+    Einstein–Helfand    σ = (1 / 6 V k_B T) d/dt ⟨|M(t0 + t) − M(t0)|²⟩       E. Helfand, Phys. Rev. 119, 1 (1960)
+    Green–Kubo          σ = (1 / 3 V k_B T) ∫₀^∞ ⟨Ṁ(0)·Ṁ(t)⟩ dt              R. Kubo, J. Phys. Soc. Jpn. 12, 570 (1957)
+    drift in a field ε  σ = ⟨Ṁ·ε⟩ / (V ε²)
+
+and the Haven ratio σ_NE/σ. What is bound does not conduct: M may be the driver's dipole, Σ q_i r_i with fixed charges
+or oxidation numbers, or the integral of Σ Z*_i·v_i with Born charges: all have one and the same σ, as two such M differ
+by what stays bounded (L. Ercole, A. Marcolongo, P. Umari, S. Baroni, J. Low Temp. Phys. 185, 79 (2016); F. Grasselli,
+S. Baroni, Nat. Phys. 15, 967 (2019)). This holds for whole charges of ions (and of molecules); charges that are not
+those that ions carry through the cell, such as fitted partial charges of ions, have a σ of their own. Charges that
+change with time are averaged for every atom.
+
+The line of Einstein and Helfand and the mean of the running Green–Kubo integral are taken between the same two times.
+Errors: origins of time (Helfand) or stretches of the trajectory (Green–Kubo, drift) in eight blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import constants
+
+from voltpi.analysis.charges_of import charges_of_beads
+from voltpi.analysis.ipi_files import iter_extras
+from voltpi.analysis.polarization import polarization_of
+from voltpi.analysis.runs import Run
+from voltpi.analysis.spectra_series import dipole_series, temperature_of
+from voltpi.analysis.statistics import linear_fit, plus_minus
+from voltpi.analysis.trajectory import Unwrapped, unwrapped
+from voltpi.analysis.transport import Diffusion, diffusion, movers_of
+from voltpi.potential.errors import InputError
+
+__all__ = ["Conductivity", "Estimate", "Helfand", "Moment", "conductivity_of", "green_kubo", "helfand"]
+
+Array = NDArray[np.float64]
+
+_KB = constants.k / constants.e  # eV/K
+_SI = constants.e / constants.angstrom * 1e15  # S/m in 1 e/(V Å fs)
+_BLOCKS = 8
+_LAGS = 200
+
+
+@dataclass(frozen=True)
+class Moment:
+    """M [f, 3] (e·Å) every ``spacing`` fs, and what it is made of; ``key``: that in one word."""
+
+    key: str
+    source: str
+    values: Array
+    spacing: float
+
+
+@dataclass(frozen=True)
+class Helfand:
+    """⟨|ΔM|²⟩ [l, 3] (e²Å²) by direction at ``lags`` [l] fs, and σ (S/m) of the line between ``fitted`` (fs)."""
+
+    moment: Moment
+    lags: Array
+    squares: Array
+    fitted: tuple[float, float]
+    sigma: float
+    error: float
+    sigma_axes: Array
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """σ ± error in S/m by one ``method``, and what it was made of."""
+
+    method: str
+    source: str
+    sigma: float
+    error: float
+
+    def numbers(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "method": self.method,
+            "source": self.source,
+            "sigma_S_per_m": self.sigma,
+            "sigma_error_S_per_m": self.error,
+        }
+
+
+def helfand(moment: Moment, scale: float, limits: tuple[float, float]) -> Helfand:
+    """σ of Einstein and Helfand between two times (fs); ``scale``: 1/(V k_B T) in 1/(Å³ eV).
+
+    Raises InputError when the limits do not lie in the trajectory or hold fewer than three records.
+    """
+    f, spacing = len(moment.values), moment.spacing
+    first, last = _window(moment, limits)
+    lags = np.unique(np.linspace(0, last, min(last, _LAGS) + 1).round().astype(int))
+    fit = lags >= first
+    if np.count_nonzero(fit) < 3 or f - last < 2 * _BLOCKS:
+        raise InputError(
+            f"fit from {limits[0] / 1000:g} to {limits[1] / 1000:g} ps: too few of {f} records, {spacing:g} fs apart; "
+            "give --fit FROM TO in ps"
+        )
+    squares = np.zeros((len(lags), 3))
+    blocks = np.zeros((_BLOCKS, len(lags), 3))
+    for k, lag in enumerate(lags):
+        jumps = (moment.values[lag:] - moment.values[: f - lag]) ** 2
+        squares[k] = jumps.mean(axis=0)
+        # the same origins at every lag, or lines through them would not be straight
+        blocks[:, k] = [part.mean(axis=0) for part in np.array_split(jumps[: f - last], _BLOCKS)]
+    time = lags * spacing
+    axes = np.array([0.5 * scale * linear_fit(time[fit], squares[fit, a]).slope for a in range(3)]) * _SI
+    parts = [scale / 6.0 * linear_fit(time[fit], block[fit].sum(axis=1)).slope * _SI for block in blocks]
+    error = float(np.std(parts, ddof=1) / np.sqrt(_BLOCKS))
+    return Helfand(moment, time, squares, limits, float(axes.mean()), error, axes)
+
+
+def green_kubo(
+    current: Array, spacing: float, scale: float, limits: tuple[float, float]
+) -> tuple[Array, Array, float, float]:
+    """Lags (fs), running integral (S/m), its mean between two times (fs) and the error of that mean.
+
+    ``current`` [f, 3]: Ṁ (e·Å/fs) every ``spacing`` fs; ``scale``: 1/(V k_B T) in 1/(Å³ eV). The correlation function
+    is a mean over origins. Raises InputError as ``helfand``.
+    """
+    first, last = _window(Moment("current", "current", current, spacing), limits)
+    whole = _running(current, spacing, scale, last)
+    parts = [_running(part, spacing, scale, last) for part in np.array_split(current, _BLOCKS) if len(part) > last + 1]
+    means = [part[first:].mean() for part in parts]
+    error = float(np.std(means, ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float("nan")
+    lags: Array = spacing * np.arange(last + 1, dtype=float)
+    return lags, whole, float(whole[first:].mean()), error
+
+
+def _running(current: Array, spacing: float, scale: float, last: int) -> Array:
+    n = len(current)
+    size = 1 << (n + last).bit_length()
+    spectrum = np.fft.rfft(current, size, axis=0)
+    correlation = np.fft.irfft((np.abs(spectrum) ** 2).sum(axis=1), size)[: last + 1] / (n - np.arange(last + 1))
+    steps = 0.5 * (correlation[1:] + correlation[:-1])
+    return np.concatenate([[0.0], np.cumsum(steps)]) * spacing * scale / 3.0 * _SI
+
+
+def _window(moment: Moment, limits: tuple[float, float]) -> tuple[int, int]:
+    first, last = (round(limit / moment.spacing) for limit in limits)
+    if not 0 <= first < last < len(moment.values):
+        length = (len(moment.values) - 1) * moment.spacing / 1000.0
+        raise InputError(
+            f"fit from {limits[0] / 1000:g} to {limits[1] / 1000:g} ps: give two times, the later one last, within the "
+            f"{length:.4g} ps of the run"
+        )
+    return first, last
+
+
+@dataclass(frozen=True)
+class Conductivity:
+    """Estimates of σ, the best one first, and what they are made of.
+
+    collective: of Einstein and Helfand, one for every M · integral: lags (fs) and the running Green–Kubo integral (S/m)
+    diffusion: of every kind of ion, with its ``charges`` (e) · drift: along the field, None without one
+    """
+
+    temperature: float
+    volume: float
+    length: float
+    collective: tuple[Helfand, ...]
+    kubo: Estimate
+    integral: tuple[Array, Array]
+    diffusion: tuple[Diffusion, ...]
+    charges: tuple[float, ...]
+    nernst_einstein: Estimate | None
+    drift: Estimate | None
+    notes: tuple[str, ...]
+
+    @property
+    def estimates(self) -> list[Estimate]:
+        """All of them."""
+        helfands = [Estimate("Einstein-Helfand", h.moment.source, h.sigma, h.error) for h in self.collective]
+        rest = [self.kubo, self.drift, self.nernst_einstein]
+        return [*helfands, *(estimate for estimate in rest if estimate is not None)]
+
+    @property
+    def haven(self) -> tuple[float, float]:
+        """σ_NE/σ with its error, nan without the two."""
+        top, low = self.nernst_einstein, self.collective[0]
+        if top is None or not low.sigma > 0.0 or not top.sigma > 0.0:
+            return float("nan"), float("nan")
+        ratio = top.sigma / low.sigma
+        return ratio, float(ratio * np.hypot(top.error / top.sigma, low.error / low.sigma))
+
+    def numbers(self) -> dict[str, Any]:
+        """JSON-able, every key with its unit."""
+        return {
+            "temperature_K": self.temperature,
+            "volume_A3": self.volume,
+            "length_ps": self.length / 1000.0,
+            "fit_from_ps": self.collective[0].fitted[0] / 1000.0,
+            "fit_to_ps": self.collective[0].fitted[1] / 1000.0,
+            "estimates": [estimate.numbers() for estimate in self.estimates],
+            "sigma_axes_S_per_m": {h.moment.key: h.sigma_axes.tolist() for h in self.collective},
+            "haven_ratio": self.haven[0],
+            "haven_ratio_error": self.haven[1],
+            "ions": {d.name: d.numbers() | {"charge_e": q} for d, q in zip(self.diffusion, self.charges, strict=True)},
+            "notes": list(self.notes),
+        }
+
+    def report(self) -> list[str]:
+        """Lines for a person."""
+        first = self.collective[0].fitted
+        lines = [
+            f"{self.length / 1000:.3g} ps at {self.temperature:.5g} K, lines from {first[0] / 1000:.2g} to "
+            f"{first[1] / 1000:.2g} ps"
+        ]
+        for e in self.estimates:
+            lines.append(f"{e.method:<16} σ = {plus_minus(e.sigma / 100.0, e.error / 100.0, '.3g')} S/cm   {e.source}")
+        if np.isfinite(self.haven[0]):
+            lines.append(f"Haven ratio      {plus_minus(*self.haven, '.2f')}")
+        return [*lines, *self.notes]
+
+    def table(self) -> tuple[list[str], Array]:
+        """Header and rows of the CSV: lags, ⟨|ΔM|²⟩ and ⟨|ΔM|²⟩/(6 V k_B T t) of the first M, then of the others."""
+        base = self.collective[0]
+        header, columns = ["lag_fs"], [base.lags]
+        for h in self.collective:
+            squares = np.interp(base.lags, h.lags, h.squares.sum(axis=1))
+            slope = squares / np.maximum(base.lags, 1e-300) / (6.0 * self.volume * _KB * self.temperature) * _SI
+            header += [f"dM2_{h.moment.key}_e2A2", f"dM2_per_6VkTt_{h.moment.key}_S_per_m"]
+            columns += [squares, np.where(base.lags > 0, slope, np.nan)]
+        return header, np.column_stack(columns)
+
+
+def conductivity_of(
+    run: Run,
+    *,
+    skip: float = 0.0,
+    charges: str | Path | None = None,
+    temperature: float | None = None,
+    fit: tuple[float, float] | None = None,
+    by: Literal["auto", "element", "molecule"] = "auto",
+    hop: float = 3.0,
+) -> Conductivity:
+    """σ of a run in all the ways that its files allow.
+
+    ``charges``: a file (``voltpi.analysis.charges_of``), beside what the run wrote; ``fit`` (ps): between which times,
+    else from 1/100 to 1/20 of the trajectory; ``by`` and ``hop``: see ``voltpi.analysis.transport``. Raises InputError
+    where no M can be made, or as ``helfand`` does.
+    """
+    path = unwrapped(run, skip)
+    kelvin = temperature_of(run, skip, temperature)
+    moments, ion_charges, notes = _moments(run, path, skip, charges)
+    length = (len(moments[0].values) - 1) * moments[0].spacing
+    limits = (length / 100.0, length / 20.0) if fit is None else (1000.0 * fit[0], 1000.0 * fit[1])
+    volume = float(path.volume.mean())
+    scale = 1.0 / (volume * _KB * kelvin)
+    drift, mean_current = _drift(run, moments[0], volume, notes)
+    still = [
+        Moment(m.key, m.source, m.values - np.outer(m.spacing * np.arange(len(m.values)), mean_current), m.spacing)
+        for m in moments
+    ]
+    collective = tuple(helfand(m, scale, limits) for m in still)
+    current, spacing, source = _current(run, still[0], skip, kelvin, charges)
+    lags, running, value, error = green_kubo(current - mean_current * bool(run.velocities), spacing, scale, limits)
+    kubo = Estimate("Green-Kubo", source, value, error)
+    done: list[Diffusion] = []
+    carried: list[float] = []
+    for mover in movers_of(path, by):
+        places = _without_flow(mover.positions) if drift is not None else mover.positions
+        done.append(diffusion(mover.species.name, places, path.spacing, hop))
+        carried.append(
+            float("nan") if ion_charges is None else float(ion_charges[mover.species.atoms].sum(axis=1).mean())
+        )
+    return Conductivity(
+        kelvin,
+        volume,
+        length,
+        collective,
+        kubo,
+        (lags, running),
+        tuple(done),
+        tuple(carried),
+        _nernst_einstein(done, carried, scale),
+        drift,
+        tuple(notes),
+    )
+
+
+def _moments(
+    run: Run, path: Unwrapped, skip: float, given: str | Path | None
+) -> tuple[list[Moment], Array | None, list[str]]:
+    """M of every kind that the files allow, charges [n] (e) of the atoms if known, and what is to be said."""
+    moments: list[Moment] = []
+    notes: list[str] = []
+    if run.extras.get("dipole"):
+        p = polarization_of(run).after(skip)
+        _equally_spaced(p.steps, "dipoles")
+        moments.append(Moment("dipole", p.source, p.dipole, float(np.ptp(p.time)) / (len(p.time) - 1)))
+    mean: Array | None = None
+    places = path.without_drift()
+    for source in [None] if given is None else [given, None]:
+        try:
+            found, title, spread = _mean_charges(run, path, skip, source)
+        except InputError:
+            if source is not None or not (moments or mean is not None):
+                raise
+            continue
+        if mean is not None and np.allclose(mean, found):
+            continue
+        key = "charges" if mean is None else "charges-of-the-run"
+        mean = found if mean is None else mean
+        moments.append(Moment(key, f"{title} and positions", np.einsum("n,fnk->fk", found, places), path.spacing))
+        if spread > 1e-6:
+            notes.append(f"charges change with time, by {spread:.2g} e (rms): the mean of every atom was taken")
+        total = float(found.sum())
+        if abs(total) > 1e-3:
+            notes.append(f"the charges add up to {total:.3g} e: σ counts the ions' motion against the centre of mass")
+    born = run.extras.get("BEC", ())
+    if len(born) == 1 and len(run.positions) == 1:
+        moments += _born_moment(born[0], path)
+    return moments, mean, notes
+
+
+def _mean_charges(run: Run, path: Unwrapped, skip: float, given: str | Path | None) -> tuple[Array, str, float]:
+    """Charges [n] (e) averaged over steps and beads, where they come from, and the rms of their changes."""
+    beads = charges_of_beads(run, given)
+    n = len(path.first)
+    total, squares, count = np.zeros(n), np.zeros(n), 0
+    for bead in beads:
+        for step in path.steps:
+            q = bead.at(int(step), n)
+            if q is not None:
+                total, squares, count = total + q, squares + q**2, count + 1
+            if bead.constant is not None:
+                break
+    if count == 0:
+        raise InputError(f"{run.folder}: charges and positions have no step in common; print both with one stride")
+    mean = total / count
+    spread = float(np.sqrt(np.maximum(squares / count - mean**2, 0.0).mean()))
+    return mean, beads[0].source, spread
+
+
+def _born_moment(born: Path, path: Unwrapped) -> list[Moment]:
+    """∫ Σ Z*·v dt by the trapezoidal rule between the frames for which Born charges were written."""
+    place = {int(step): k for k, step in enumerate(path.steps)}
+    steps, values = [], list[Array]()
+    before: tuple[Array, Array] | None = None
+    for step, z in iter_extras(born):
+        if step not in place:
+            continue
+        r = path.positions[place[step]].ravel()
+        if z.shape != (r.size, 3):
+            raise InputError(f"{born}: Born charges of shape {z.shape}, but {r.size // 3} atoms; give one run's files")
+        increment = np.zeros(3) if before is None else (r - before[0]) @ (0.5 * (z + before[1]))
+        values.append(increment + (values[-1] if values else 0.0))
+        steps.append(step)
+        before = r, z
+    if len(steps) < 2:
+        return []
+    _equally_spaced(np.array(steps), "Born charges")
+    spacing = path.spacing * (steps[1] - steps[0]) / float(path.steps[1] - path.steps[0])
+    return [Moment("born", "Born charges and positions", np.array(values), spacing)]
+
+
+def _equally_spaced(steps: NDArray[np.int64], what: str) -> None:
+    gaps = np.diff(steps)
+    if len(gaps) == 0 or np.ptp(gaps) > 0:
+        raise InputError(f"{what} are not written at one stride (or once only); print them with one stride")
+
+
+def _current(
+    run: Run, moment: Moment, skip: float, temperature: float, charges: str | Path | None
+) -> tuple[Array, float, str]:
+    """Ṁ [f, 3] (e·Å/fs), its spacing (fs) and source: of velocities where they were written, else differences of M."""
+    if run.velocities:
+        name = None if charges is None else str(charges)
+        series, _, _, source = dipole_series(run, "current", skip=skip, temperature=temperature, charges=name)
+        return series.values, series.spacing, source
+    return np.diff(moment.values, axis=0) / moment.spacing, moment.spacing, f"differences of M, {moment.source}"
+
+
+def _drift(run: Run, moment: Moment, volume: float, notes: list[str]) -> tuple[Estimate | None, Array]:
+    """σ of the drift in a static field, and the mean Ṁ [3] (e·Å/fs), zero without a field."""
+    applied = run.applied
+    if applied.held.any() or applied.changing.any():
+        notes.append(f"{applied}: no σ of drift, which takes a static field; the others are those of equilibrium")
+        return None, np.zeros(3)
+    strength = float(np.linalg.norm(run.field))
+    if strength == 0.0:
+        return None, np.zeros(3)
+    edges = np.linspace(0, len(moment.values) - 1, 2 * _BLOCKS + 1).round().astype(int)
+    duration = np.diff(edges)[:, None] * moment.spacing
+    currents = np.diff(moment.values[edges], axis=0) / duration
+    mean = (moment.values[-1] - moment.values[0]) / ((len(moment.values) - 1) * moment.spacing)
+    direction = run.field / strength
+    factor = _SI / (volume * strength)
+    error = float(np.std(currents @ direction, ddof=1) / np.sqrt(len(currents)))
+    return Estimate("drift in field", moment.source, float(mean @ direction) * factor, error * factor), mean
+
+
+def _without_flow(positions: Array) -> Array:
+    """Positions [f, n, 3] less the constant velocity with which all of them moved in the field."""
+    flow = (positions[-1] - positions[0]).mean(axis=0)
+    return positions - np.linspace(0.0, 1.0, len(positions))[:, None, None] * flow
+
+
+def _nernst_einstein(done: list[Diffusion], charges: list[float], scale: float) -> Estimate | None:
+    """Σ N q² D scale; None where charges or a D are not known."""
+    if not np.isfinite(charges).all() or any(
+        d.fitted is None and abs(q) > 1e-3 for d, q in zip(done, charges, strict=True)
+    ):
+        return None
+    each = [
+        (d.n * q**2 * scale * d.d * 10.0 * _SI, d.relative_error)
+        for d, q in zip(done, charges, strict=True)
+        if d.fitted
+    ]
+    names = ", ".join(f"{d.name} {q:+.3g} e" for d, q in zip(done, charges, strict=True) if abs(q) > 1e-3)
+    sigma = sum(s for s, _ in each)
+    error = float(np.sqrt(sum((s * relative) ** 2 for s, relative in each)))
+    return Estimate("Nernst-Einstein", names or "no charged particles", float(sigma), error)
