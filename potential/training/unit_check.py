@@ -33,6 +33,7 @@ TOLERANCE = 7.0
 _STIFFNESS, _POWER = 45.0, 3.5
 _FRAMES, _ATOMS = 64, 5000
 _BONDS = 30
+_SHELL = 1.25
 _FUNCTIONS, _REACH = 8, 5.0
 _NOBLE = [atomic_numbers[s] for s in ("He", "Ne", "Ar", "Kr", "Xe", "Rn")]
 
@@ -156,7 +157,10 @@ def _stiffness(samples: Sequence[Sample]) -> tuple[str, float | None, float | No
         i, j, r, unit, ratio = _pairs(sample)
         numbers, forces = sample.systems.numbers.numpy(), sample.forces.numpy()
         pull = 0.5 * np.einsum("ec,ec->e", forces[j] - forces[i], unit)
-        bonded = (ratio < 1.3) & (i < j)
+        closest = np.full(len(numbers), np.inf)
+        np.minimum.at(closest, i, ratio)
+        # of an atom's own first shell: large ions behind another one (Ti-Ti across O) are no bonds
+        bonded = (ratio < 1.3) & (ratio < _SHELL * np.minimum(closest[i], closest[j])) & (i < j)
         for a, b in {tuple(sorted(pair)) for pair in zip(numbers[i[bonded]], numbers[j[bonded]], strict=True)}:
             these = bonded & (np.minimum(numbers[i], numbers[j]) == a) & (np.maximum(numbers[i], numbers[j]) == b)
             bonds.setdefault((int(a), int(b)), []).append(np.stack([r[these], pull[these]]))
