@@ -19,9 +19,9 @@ thermostat and beads wrote forces before and after its pulse, H̃ is taken there
 
 In a weak field the absorption coefficient α and refractive index n follow from the energy per volume and ∫ε² dt:
 n α = W/(V c ε₀ ∫ε² dt), their mean over the spectrum of the pulse. The susceptibility at the field's frequency is a
-ratio of transforms, χ(ω) = ∫ M e^{iωt} dt / (V ε₀ ∫ ε e^{iωt} dt): over a whole pulse and what rings after it, or over
-whole periods of a plane wave. It is that of the nuclei, as M lacks what a driven field induces in charges and shells at
-once (χ∞ of the driver's ``polarizability`` adds to it), and holds the noise of one run.
+ratio of transforms, χ(ω) = ∫ M e^{iωt} dt / (V ε₀ ∫ ε e^{iωt} dt), over a whole pulse that leaves nothing ringing, or
+over whole periods of a plane wave. It is that of the nuclei, as M lacks what a driven field induces in charges and
+shells at once (χ∞ of the driver's ``polarizability`` adds to it), and holds the noise of one run.
 """
 
 from __future__ import annotations
@@ -91,14 +91,19 @@ class Absorption:
 
     @property
     def susceptibility(self) -> complex | None:
-        """χ of the nuclei at the field's frequency, along it; None without a frequency or a whole pulse or period."""
+        """χ of the nuclei at the field's frequency, along it.
+
+        None without a frequency, a whole period of a wave, or a whole pulse after which M has come back to a tenth of
+        its largest change (what rings on, or drifts, has no transform).
+        """
         field, omega = self.driving, self.driving.frequency
         if not omega:
             return None
         along = np.array(field.amplitude) / field.strength
         kept = slice(None)
         if field.is_pulse:
-            if max(field.envelope(self.time[0]), field.envelope(self.time[-1])) > _OFF:
+            change = np.abs((self.dipole - self.dipole[0]) @ along)
+            if max(*field.envelope(self.time[[0, -1]]) / _OFF, 10.0 * change[-1] / change.max()) > 1.0:
                 return None
         else:
             spacing = self.time[1] - self.time[0]

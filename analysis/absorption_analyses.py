@@ -52,7 +52,7 @@ def _draw(a: Absorption, stem: Path) -> list[Path]:
         top.set(ylabel="field (V/Å)")
         beside = top.twinx()
         beside.plot(a.time, dipole - dipole[0], color=COLORS[0], lw=0.9)
-        beside.set_ylabel("change of M along it (e·Å)", color=COLORS[0])
+        beside.set_ylabel("change of M (e·Å)", color=COLORS[0])
         beside.spines["right"].set_visible(True)
         middle.plot(a.time, a.absorbed, color=COLORS[1], lw=1.6, label="energy absorbed")
         middle.plot(a.time, a.work, color="black", lw=0.8, ls="--", label="work of the field")

@@ -290,8 +290,8 @@ def _electronic_series(
     """x [f, 3, 3] of (1) and where it comes from, or None and why it is not known."""
     held = np.diag(run.applied.held.astype(float))
     if given is not None:
-        inside: Array = (given - 1.0) * np.linalg.inv(np.eye(3) + (given - 1.0) * held)
-        return inside[None], f"--electronic {given:g}"
+        inside = (given - 1.0) * np.linalg.inv(np.eye(3) + (given - 1.0) * held)
+        return np.asarray(inside[None], dtype=np.float64), f"--electronic {given:g}"
     files = run.extras.get("polarizability")
     if files and shells:
         beads = [read_extras(path) for path in files]

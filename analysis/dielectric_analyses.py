@@ -86,10 +86,12 @@ def analyze_double_well(
     symmetric: bool = False,
     relaxed: bool = False,
     bins: float = 20,
+    degree: float = 0,
 ) -> dict[str, Any]:
     """Internal field and energy against D from runs at constant D, or from one in which D changes slowly.
 
-    ``symmetric``: U(−D) = U(D); ``relaxed``: the last record of each run alone; ``bins``: intervals of a changing D.
+    ``symmetric``: U(−D) = U(D); ``relaxed``: the last record of each run alone; ``bins``: intervals of a changing D;
+    ``degree``: of a polynomial that is fitted to ε(D), 0: a spline through its points.
     Writes double-well.csv, .json, .png and .svg.
     """
     from voltpi.analysis.double_well import double_well, points_of
@@ -98,9 +100,11 @@ def analyze_double_well(
 
     if not (bins >= 2 and bins == int(bins)):
         raise InputError(f"bins is {bins:g}: give a whole number, two or more")
+    if degree != int(degree):
+        raise InputError(f"degree is {degree:g}: give a whole number, 0 for a spline")
     runs = find_runs(list(paths))
     points = [points_of(run, checked_skip(skip), relaxed=relaxed, bins=int(bins)) for run in runs]
-    well = double_well(points, symmetric=symmetric)
+    well = double_well(points, symmetric=symmetric, degree=int(degree))
     stem = output_stem(out, _beside(paths), "double-well")
     return write_results(stem, well.numbers(), well.report(), *well.table(), draw_double_well(well, stem))
 
@@ -120,6 +124,9 @@ CENTRED = Option("centred", "count P from half way between its ends", kind=bool,
 SYMMETRIC = Option("symmetric", "take U(-D) = U(D)", kind=bool, default=False)
 RELAXED = Option("relaxed", "the last record of each run alone, of a relaxation", kind=bool, default=False)
 BINS = Option("bins", "intervals of a displacement that changes with time", default=20.0)
+DEGREE = Option(
+    "degree", "fit a polynomial of this degree to the field instead of a spline through its points", default=0.0
+)
 DIELECTRIC = (
     Analysis(
         "dielectric",
@@ -137,6 +144,6 @@ DIELECTRIC = (
         "double-well",
         "internal field and energy against the displacement from runs at constant D: barrier, spontaneous polarization",
         analyze_double_well,
-        (SKIP, SYMMETRIC, RELAXED, BINS),
+        (SKIP, SYMMETRIC, RELAXED, BINS, DEGREE),
     ),
 )

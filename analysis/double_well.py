@@ -6,11 +6,12 @@ integration). So from runs at several D, or one in which D rises slowly,
 
     U(D) − U(D₀) = (4πk_e)⁻¹ ∫ ⟨Vε⟩ dD
 
-along the one axis on which they differ, by a cubic spline through the points (straight lines for fewer than four).
+along the one axis on which they differ, by a cubic spline through the points (straight lines for fewer than four), or
+by a polynomial of a ``degree`` fitted to them, weighted with their errors, where these are large.
 Where ε = 0, D = 4πk_e P: a minimum of U with dε/dD > 0 is a stable polarization, P_s, with 1/ε_r = dε/dD, and a maximum
-with dε/dD < 0, which no run at constant field could show, the barrier between two. The spline is linear in the fields,
-so that their errors are carried on exactly, and to first order to the places where it vanishes. ``symmetric`` adds
-U(−D) = U(D), as of a crystal with a centre of inversion at P = 0.
+with dε/dD < 0, which no run at constant field could show, the barrier between two. Either curve is linear in the
+fields, so that their errors are carried on exactly, and to first order to the places where it vanishes. ``symmetric``
+adds U(−D) = U(D), as of a crystal with a centre of inversion at P = 0.
 """
 
 from __future__ import annotations
@@ -190,10 +191,10 @@ def points_of(run: Run, skip: float = 0.0, *, relaxed: bool = False, bins: int =
     )
 
 
-def double_well(points: Sequence[Points], *, symmetric: bool = False) -> DoubleWell:
-    """U(D) through all points; several at one D are averaged.
+def double_well(points: Sequence[Points], *, symmetric: bool = False, degree: int = 0) -> DoubleWell:
+    """U(D) through all points; several at one D are averaged. ``degree``: of a polynomial ε(D), 0: the spline.
 
-    Raises InputError for fewer than two different D, or such that do not lie on one axis.
+    Raises InputError for fewer than two different D or than the polynomial has coefficients, or D not on one axis.
     """
     control = np.concatenate([p.control for p in points])
     fields, errors = (np.concatenate([getattr(p, name) for p in points]) for name in ("field", "error"))
@@ -212,7 +213,9 @@ def double_well(points: Sequence[Points], *, symmetric: bool = False) -> DoubleW
         d, e, s, volumes = np.append(d, -d), np.append(e, -e), np.append(s, s), np.append(volumes, volumes)
     d, e, s, volumes = _merged(d, e, s, volumes)
     scale = volumes / FOUR_PI_K_E
-    basis = _basis(d)
+    if not 0 <= degree < len(d):
+        raise InputError(f"degree is {degree} with {len(d)} points: give one from 1 to {len(d) - 1}, or 0 for a spline")
+    basis = _fit(d, s, degree) if degree else _basis(d)
     slopes, integrals = basis.derivative(), basis.antiderivative()
     grid = np.unique(np.append(np.linspace(d[0], d[-1], _GRID), d))
     variance = np.nan_to_num(s) ** 2
@@ -279,6 +282,17 @@ def _basis(d: Array) -> PPoly:
     if len(d) >= 4:
         return CubicSpline(d, np.eye(len(d)))
     return PPoly.from_spline(make_interp_spline(d, np.eye(len(d)), k=1))
+
+
+def _fit(d: Array, error: Array, degree: int) -> PPoly:
+    """What every point adds to the weighted least-squares polynomial."""
+    length = np.ptp(d)
+    powers = ((d - d[0]) / length)[:, None] ** np.arange(degree, -1, -1)
+    known = np.isfinite(error).all() and error.min() > 0.0
+    weights = 1.0 / error if known else np.ones(len(d))
+    coefficients = np.linalg.pinv(powers * weights[:, None]) * weights
+    scale = length ** -np.arange(degree, -1.0, -1.0)
+    return PPoly((coefficients * scale[:, None])[:, None, :], np.array([d[0], d[-1]]))
 
 
 def _roots(basis: PPoly, e: Array, d: Array) -> Array:

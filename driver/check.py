@@ -166,10 +166,12 @@ def _displaced(systems: Systems, settings: Settings, response: Response, name: s
     yield Finding(True, f"{name}: at the displacement M is {moment} e Å, which leaves the field {field} V/Å")
     if settings.polarization_reference is not None or systems.carried is None:
         return
-    cell = systems.cell[0].cpu().numpy()
-    largest = float(systems.carried.abs().max())
+    cell, loose = systems.cell[0].cpu().numpy(), systems.carried
+    if systems.fragments is not None and systems.parents is not None:  # made whole: their net charges count
+        loose = loose.new_zeros(int(systems.fragments.max()) + 1).index_add(0, systems.fragments, loose)
+    largest = float(loose.abs().max())
     quantum = 4 * np.pi * _COULOMB_CONSTANT * largest / abs(np.linalg.det(cell)) * np.linalg.norm(cell, axis=1).max()
-    if largest > 0:
+    if largest > 1e-6:
         yield Finding(
             True,
             f"hint: {name}: M counts carried charges where the file has their atoms; one atom put at another image "

@@ -35,6 +35,8 @@ HARTREE = 27.211386245988
 
 Array = NDArray[np.float64]
 
+_ATOMS_AT_ONCE = 1600  # 8 of 64 H2O; 32 at once take longer than 32 one by one, see tests/benchmarks/driver.py
+
 
 class Result(NamedTuple):
     """Answer for one structure, in atomic units.
@@ -132,8 +134,14 @@ class Evaluator:
         if self._in_field and not self._oriented:
             refuse_turned(self._cell, rows[0], self._pbc)
             self._oriented = True
-        response = self.evaluate_systems(rows, positions * BOHR, replicas, fields, applied, displacements)
-        return self._results(response, b)
+        self._refuse_not_finite(rows, positions)
+        keys = list(range(b)) if replicas is None else list(replicas)
+        results: list[Result] = []
+        for part in self._parts(b):
+            own = (None if given is None else given[part] for given in (fields, applied, displacements))
+            response = self.evaluate_systems(rows[part], positions[part] * BOHR, keys[part], *own)
+            results += self._results(response, part, b)
+        return results
 
     def evaluate_systems(
         self,
@@ -180,6 +188,11 @@ class Evaluator:
         self._remember(systems, response)
         return response
 
+    def _parts(self, b: int) -> list[slice]:
+        """Which of ``b`` structures are evaluated at once: all on a GPU, on a CPU as many as its caches take well."""
+        size = b if self.prepared.device.type != "cpu" else max(1, _ATOMS_AT_ONCE // self.n_atoms)
+        return [slice(i, min(i + size, b)) for i in range(0, b, size)]
+
     def volume(self, cell: Array) -> float:
         """Å³ of a ``cell`` [3, 3] (Å) under the boundary that is evaluated; 0 where that is not periodic throughout."""
         return abs(float(np.linalg.det(cell))) if self._pbc.all() else 0.0
@@ -221,17 +234,16 @@ class Evaluator:
         for r, answer in zip(positions, answers.split(self.n_atoms), strict=True):
             self._solutions.add(r, answer)
 
-    def _results(self, response: Response, b: int) -> list[Result]:
+    def _results(self, response: Response, part: slice, all_structures: int) -> list[Result]:
+        b = part.stop - part.start
         energy = _numpy(response.energy) / HARTREE
         forces = _numpy(response.forces).reshape(b, -1, 3) / (HARTREE / BOHR)
         virial = _numpy(response.virial) / HARTREE
         for name, value in (("energy", energy), ("forces", forces), ("virial", virial)):
             bad = ~np.isfinite(value.reshape(b, -1)).all(axis=1)
             if bad.any():
-                raise VoltPIError(
-                    f"the {name}{_of(int(bad.argmax()), b)} came out as not a finite number: restart with a shorter "
-                    "timestep"
-                )
+                which = _of(part.start + int(bad.argmax()), all_structures)
+                raise VoltPIError(f"the {name}{which} came out as not a finite number: restart with a shorter timestep")
         extras = self.extras_of(response, b)
         return [Result(float(energy[i]), forces[i], virial[i], extras[i]) for i in range(b)]
 

@@ -204,6 +204,12 @@ def _contradictions(s: Settings) -> Iterator[tuple[str, str]]:
             "field_under_strain",
             "field_under_strain: reduced is for a field or displacement, and there is none; give one or remove it",
         )
+    if s.field_under_strain == "reduced" and s.field_from_frame:
+        yield (
+            "field_under_strain",
+            "field_under_strain: reduced keeps the voltages of one field while the cell changes, but field: from-frame "
+            "brings one with every frame; remove one of the two",
+        )
     if s.polarization_reference is not None and s.electrodes:
         yield (
             "polarization_reference",

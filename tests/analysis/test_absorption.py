@@ -190,6 +190,7 @@ def test_what_the_command_writes(pulse: Path, tmp_path: Path) -> None:
     assert float(rows[-1]["absorbed_eV"]) == pytest.approx(a.absorbed[-1])
     assert all(Path(path).stat().st_size > 0 for path in answer["files"])
     assert any("shadow energy" in line for line in answer["report"])
+    assert "susceptibility_real" not in numbers  # the bonds still ring
 
 
 def test_what_is_refused(pulse: Path, tmp_path: Path, nve_run: Path) -> None:

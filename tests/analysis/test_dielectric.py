@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ase.io import read
 from gaussian_model import BOLTZMANN, FOUR_PI_K_E, Medium, isotropic, write_run
 
 from voltpi.analysis import ANALYSES
 from voltpi.analysis.dielectric import Dielectric, DielectricRun, dielectric_of, dielectric_run
 from voltpi.analysis.runs import find_run
+from voltpi.analysis.statistics import mean_with_error
 from voltpi.driver.analyze import analyze
 from voltpi.potential.errors import InputError
 
@@ -172,6 +175,24 @@ def test_saturation_is_seen(tmp_path: Path) -> None:
     exact = 1.0 + FOUR_PI_K_E / 1000.0 * 40.0
     assert abs(estimate.value - exact) < 0.02 * exact + 4.0 * estimate.error
     assert "temperature" in result.missing["(a) fluctuations at constant ε"] or "electrons" in str(result.missing)
+
+
+def test_trajectory_of_another_program(tmp_path: Path, nvt_run: Path) -> None:
+    """Positions and a file of charges, without settings: the textbook formula, summed here directly."""
+    for file in nvt_run.glob("run.*"):
+        if "dipole" not in file.name and "charges" not in file.name and file.suffix != ".json":
+            shutil.copy(file, tmp_path)
+    (tmp_path / "charges.csv").write_text("element,charge\nO,-0.8\nH,0.4\n")
+    options = ["--field", "0", "0", "0", "--temperature", "310", "--charges", str(tmp_path / "charges.csv"), "--json"]
+    answer = analyze(["dielectric", str(tmp_path), *options])
+    (estimate,) = json.loads(answer[0])["estimates"]
+    frames = read(tmp_path / "run.pos_0.extxyz", ":")
+    dipoles = np.array([np.tile([-0.8, 0.4, 0.4], 64) @ frame.positions for frame in frames])
+    n = len(dipoles)
+    variance = sum(dipoles[:, k].var() / (1.0 - 2.0 * mean_with_error(dipoles[:, k]).tau / n) for k in range(3))
+    direct = 1.0 + FOUR_PI_K_E * variance / (3.0 * 12.42**3 * BOLTZMANN * 310.0)
+    assert estimate["relative_permittivity"] == pytest.approx(direct, rel=1e-6)
+    assert direct > 1.001
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

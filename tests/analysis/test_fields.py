@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from voltpi.analysis.fields import field_of
+from voltpi.analysis.fields import applied_of, field_of
 from voltpi.analysis.run_inputs import ensemble_temperature, given_to_drivers
 from voltpi.potential.errors import InputError
 
@@ -142,3 +143,34 @@ def test_temperature_of_the_input(tmp_path: Path) -> None:
     assert ensemble_temperature(tmp_path, [tmp_path / "run.out"]) is None
     (tmp_path / "other.xml").write_text(text.format("other", "kelvin", 500))
     assert ensemble_temperature(tmp_path, [tmp_path / "other.out"]) == pytest.approx(500.0)
+
+
+def test_displacement_beside_the_field(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("field: [0.1, null, 0]\ndisplacement: [null, 0.2, {ramp: {start: 0}}]\n")
+    applied = applied_of(tmp_path, [])
+    assert applied.held.tolist() == [False, True, True]
+    assert applied.changing.tolist() == [False, False, True]
+    np.testing.assert_array_equal(applied.field, [0.1, 0.0, 0.0])
+    np.testing.assert_array_equal(applied.control, [0.1, 0.2, np.nan])
+    assert str(applied) == "[0.1, 0.2, changing], displacement along yz"
+    assert applied_of(tmp_path, [], [0, 0, 1]).held.tolist() == [False] * 3
+
+
+def test_schedule_of_the_field(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("field: [0.1, {square: {low: 0, high: 1, period: 2}}, 0]\n")
+    applied = applied_of(tmp_path, [])
+    assert applied.changing.tolist() == [False, True, False]
+    np.testing.assert_array_equal(applied.field, [0.1, np.nan, 0.0])
+    assert not applied.held.any()
+
+
+def test_displacement_in_parameters(tmp_path: Path) -> None:
+    """They come before the settings, also the field of these stays where D is not given."""
+    (tmp_path / "settings.yaml").write_text("field: [0.1, 0, 0]\n")
+    direct(tmp_path, "settings: settings.yaml, displacement: null null 0.3")
+    applied = applied_of(tmp_path, [tmp_path / "run.out"])
+    assert applied.held.tolist() == [False, False, True]
+    assert applied.control.tolist() == [0.1, 0.0, 0.3]
+    direct(tmp_path, "settings: settings.yaml, displacement: null up 0.3")
+    with pytest.raises(InputError, match=r"displacement is .*; give three numbers"):
+        applied_of(tmp_path, [tmp_path / "run.out"])

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ase import units
+from ase.build import bulk
 from gaussian_model import FOUR_PI_K_E, write_run
 from scipy.optimize import brentq
 
 from voltpi.analysis.double_well import DoubleWell, double_well, points_of
 from voltpi.analysis.hysteresis import Loop, loop_of
 from voltpi.analysis.runs import find_run
+from voltpi.driver import pes
 from voltpi.driver.analyze import analyze
+from voltpi.driver.schedule import value_at
+from voltpi.driver.settings import Schedule
 from voltpi.potential.errors import InputError
 
 VOLUME = 1000.0
@@ -191,6 +197,23 @@ def test_loop_at_imposed_displacement(tmp_path: Path) -> None:
     assert binned.barrier == pytest.approx(VOLUME * LANDAU[0] ** 2 / (4.0 * LANDAU[1]), rel=0.02)
 
 
+def test_polynomial_through_noise(tmp_path: Path) -> None:
+    """ε(D) is no polynomial, but nearly one of degree 9: the same well, with the noise averaged out."""
+    d = np.linspace(-4.0, 4.0, 33)
+    folders = [at_displacement(tmp_path / str(k), float(x), noise=1e-3, n=100, seed=k) for k, x in enumerate(d)]
+    points = [points_of(find_run(folder)) for folder in folders]
+    fitted, through = double_well(points, degree=9), double_well(points)
+    barrier = VOLUME * LANDAU[0] ** 2 / (4.0 * LANDAU[1])
+    assert abs(fitted.barrier - barrier) < 4.0 * fitted.barrier_error
+    assert [s.stable for s in fitted.stationary] == [True, False, True]
+    curve = np.linspace(-0.06, 0.06, 4001)
+    exact = np.interp(fitted.grid, landau(curve) + FOUR_PI_K_E * curve, landau(curve))
+    misses = [float(np.sqrt(np.mean((w.grid_field - exact) ** 2))) for w in (fitted, through)]
+    assert misses[0] < 0.8 * misses[1]
+    with pytest.raises(InputError, match="degree is 40"):
+        double_well(points, degree=40)
+
+
 def test_relaxed_takes_the_last_record(tmp_path: Path) -> None:
     folder = at_displacement(tmp_path / "run", 1.0, noise=1e-3)
     points = points_of(find_run(folder), relaxed=True)
@@ -213,6 +236,59 @@ def test_refusals(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="extra_type='field'"):
         loop(silent)
+
+
+CRYSTAL = """<simulation verbosity='quiet'>
+  <output prefix='run'>
+    <properties stride='1' filename='out'> [ step, time{femtosecond}, temperature{kelvin} ] </properties>
+    <trajectory filename='pos' stride='10' format='ase'> positions </trajectory>
+    <trajectory filename='dipole' stride='1' extra_type='dipole'> extras </trajectory>
+    <trajectory filename='field' stride='1' extra_type='field'> extras </trajectory>
+  </output>
+  <total_steps> 130 </total_steps>
+  <ffdirect name='voltpi'>
+    <pes>custom</pes> <pes_path> PES </pes_path>
+    <parameters>{settings: settings.yaml, template: start.xyz}</parameters>
+  </ffdirect>
+  <system>
+    <initialize nbeads='1'><file mode='ase'> start.xyz </file></initialize>
+    <forces><force forcefield='voltpi'/></forces>
+    <ensemble><temperature units='kelvin'> 10 </temperature></ensemble>
+    <motion mode='dynamics'>
+      <dynamics mode='nvt'>
+        <timestep units='femtosecond'> 8 </timestep>
+        <thermostat mode='langevin'><tau units='femtosecond'> 20 </tau></thermostat>
+      </dynamics>
+    </motion>
+  </system>
+</simulation>
+"""
+
+
+@pytest.mark.parametrize("key", ["field", "displacement"])
+def test_what_a_real_run_leaves(tmp_path: Path, key: str) -> None:
+    """NaCl of constant charges, 10 K, under a cyclic field, or D: what is imposed, what answers, and its sign."""
+    crystal = bulk("NaCl", "rocksalt", 5.64, cubic=True)
+    crystal.set_initial_charges([1.0 if symbol == "Na" else -1.0 for symbol in crystal.symbols])
+    crystal.write(tmp_path / "start.xyz")
+    cyclic = "{cyclic: {low: -0.1, high: 0.1, rate: 0.5, start: 0.0}}"  # a cycle of 0.8 ps, 100 steps
+    (tmp_path / "settings.yaml").write_text(
+        "short_range: {pair: {set: nacl, cutoff: 6.0}}\ncharges: {model: fixed}\ndevice: cpu\n"
+        f"{key}: [{'0, 0' if key == 'field' else 'null, null'}, {cyclic}]\n"
+    )
+    (tmp_path / "input.xml").write_text(CRYSTAL.replace("PES", pes.__file__))
+    command = [str(Path(sys.executable).with_name("i-pi")), "input.xml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = loop(tmp_path)
+    assert found.kind == key
+    assert len(found.cycles) == 1
+    control = found.field if key == "field" else found.displacement
+    schedule = Schedule.model_validate({"cyclic": {"low": -0.1, "high": 0.1, "rate": 0.5, "start": 0.0}})
+    np.testing.assert_allclose(control, [value_at(schedule, 1e-3 * t) for t in found.time], atol=1e-6)
+    # ε_r 4.2 (docs/uses/dielectric-constant.md): nearly so at this pace
+    slope = np.polyfit(control, FOUR_PI_K_E * found.polarization, 1)[0]
+    assert slope == pytest.approx(3.2 if key == "field" else 3.2 / 4.2, rel=0.35)
 
 
 def test_commands(tmp_path: Path) -> None:

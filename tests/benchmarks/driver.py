@@ -7,7 +7,7 @@
 numbers. All else is the shipped code: evaluator, client or PES, i-PI. CPU time of both processes together, in ms a
 step, as the difference of a long and a short run, so that the start does not count and other work on the machine counts
 little. i-PI's own part is that of the row "i-PI alone": no forces at all come from outside (``<ffdirect>`` with i-PI's
-``dummy``). ``beads``: seconds a structure, in one batch and one by one, best of the repeats, both warm.
+``dummy``). ``beads``: CPU time of a structure, in one batch and one by one, best of the repeats, both warm.
 
 This file is also i-PI's PES for ``<ffdirect>``.
 """
@@ -222,7 +222,7 @@ def salt(n: int) -> Atoms:
 
 
 def one_by_one_and_together(settings: Settings, atoms: Atoms, beads: int, repeats: int) -> tuple[float, float]:
-    """Seconds a structure, one by one and in a batch, along a path of steps of 0.25 fs at room temperature."""
+    """CPU seconds a structure, one by one and in a batch, along a path of steps of 0.25 fs at room temperature."""
     rng = np.random.default_rng(2)
     cells = np.repeat(np.asarray(atoms.cell).T[None] / BOHR, beads, axis=0)
     spread = rng.normal(size=(beads, len(atoms), 3))
@@ -240,9 +240,9 @@ def one_by_one_and_together(settings: Settings, atoms: Atoms, beads: int, repeat
     times: list[list[float]] = [[], []]
     for positions in path:  # taken in turns, so that other work on the machine meets both
         for evaluator, call, taken in zip(evaluators, (alone, together), times, strict=True):
-            began = time.perf_counter()
+            began = time.process_time()
             call(evaluator, positions)
-            taken.append((time.perf_counter() - began) / beads)
+            taken.append((time.process_time() - began) / beads)
     return min(times[0][1:]), min(times[1][1:])
 
 

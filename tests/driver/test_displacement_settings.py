@@ -123,6 +123,7 @@ def test_paths_are_relative_to_the_settings(tmp_path: Path, reference: str) -> N
         ({"field": [0, 0, {"ramp": {"start": 0, "rate": -1, "until": 1}}]}, "field.2.ramp.rate is -1"),
         ({"field": [0, 0, {"saw": {}}]}, "unknown key field.2.saw"),
         ({"displacement": [0, 0, {"cyclic": {"low": 1, "high": 0, "rate": 1}}]}, "low must lie below high"),
+        ({"field_under_strain": "reduced", "field": "from-frame"}, "brings one with every frame"),
         ({"field_under_strain": "reduced"}, "is for a field or displacement, and there is none"),
         ({"field_under_strain": "fixed", "field": [0, 0, 1]}, "field_under_strain"),
         ({"charges": {"model": "none"}, "displacement": [0, 0, 0.1]}, "a displacement needs charges that feel it"),
@@ -284,6 +285,16 @@ def test_check_says_what_the_displacement_leaves(tmp_path: Path, reference: str)
         file.write("polarization_reference: reference.xyz\n")
     found = list(check(settings))
     assert all(f.ok for f in found)
+    assert not any("give polarization_reference" in f.sentence for f in found)
+
+
+def test_whole_molecules_need_no_reference(tmp_path: Path) -> None:
+    water = Atoms("OH2", [[0, 0, 0], [0.76, 0.59, 0], [-0.76, 0.59, 0]], cell=[5, 5, 5], pbc=True)
+    water.write(tmp_path / "start.xyz", format="extxyz")
+    charges = {"model": "pqeq", "conserve": "fragments"}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump({"charges": charges, "displacement": [None, None, 0.1]}))
+    found = list(check(tmp_path / "settings.yaml"))
+    assert any("which leaves the field" in f.sentence for f in found)
     assert not any("give polarization_reference" in f.sentence for f in found)
 
 

@@ -17,6 +17,7 @@ from ase.build import bulk, molecule
 from voltpi.analysis.fields import field_of
 from voltpi.analysis.quantum import quantum_of
 from voltpi.analysis.runs import find_run, find_runs
+from voltpi.driver import evaluator as evaluator_module
 from voltpi.driver import launch
 from voltpi.driver.check import check
 from voltpi.driver.client import UnixAddress, serve
@@ -24,6 +25,7 @@ from voltpi.driver.evaluator import Evaluator
 from voltpi.driver.ipi_input import read_input
 from voltpi.driver.protocol import encode_extras
 from voltpi.driver.settings import Settings, load_settings
+from voltpi.potential.errors import VoltPIError
 
 from ipi_runs import LIMIT, unix, write_input
 from toy import ToyEvaluator
@@ -78,6 +80,34 @@ def test_a_batch_of_32_beads_is_32_single_ones(system) -> None:
             for key in ("dipole", "charges"):
                 np.testing.assert_allclose(one.extras[key], other.extras[key], rtol=0, atol=1e-10)
         assert np.ptp([r.energy for r in batch]) > 1e-4
+
+
+def test_a_large_batch_is_evaluated_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as fit, in order, the rest last; messages count in the whole batch, and bad ones stop it at once."""
+    settings, atoms = salt()
+    cells = np.repeat(np.asarray(atoms.cell).T[None] / BOHR, 5, axis=0)
+    positions = atoms.positions / BOHR + np.random.default_rng(1).normal(scale=0.05, size=(5, len(atoms), 3))
+    whole = Evaluator.from_settings(settings, atoms).evaluate(cells, positions)
+    monkeypatch.setattr(evaluator_module, "_ATOMS_AT_ONCE", 2 * len(atoms) + 1)
+    evaluator = Evaluator.from_settings(settings, atoms)
+    sizes: list[int] = []
+    potential = evaluator.potential.__class__.__call__
+
+    def counted(self: Any, systems: Any, **options: Any) -> Any:
+        sizes.append(systems.n_systems)
+        return potential(self, systems, **options)
+
+    monkeypatch.setattr(evaluator.potential.__class__, "__call__", counted)
+    parts = evaluator.evaluate(cells, positions)
+    assert sizes == [2, 2, 1]
+    for one, other in zip(parts, whole, strict=True):
+        assert one.energy == pytest.approx(other.energy, rel=0, abs=1e-10)
+        np.testing.assert_allclose(one.forces, other.forces, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(one.extras["charges"], other.extras["charges"], rtol=0, atol=1e-10)
+    positions[3, 2] = np.nan
+    with pytest.raises(VoltPIError, match="the position of atom 2 of structure 3 is not a finite number"):
+        evaluator.evaluate(cells, positions)
+    assert sizes == [2, 2, 1]
 
 
 # what <parameters> say ------------------------------------------------------------------------------------------------
