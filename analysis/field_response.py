@@ -181,6 +181,13 @@ def field_response(runs: list[RunSummary]) -> FieldResponse:
 
     Raises InputError for fewer than two different fields, fields on different axes, or different numbers of molecules.
     """
+    for summary in runs:
+        applied = summary.run.applied
+        if applied.held.any() or applied.changing.any():
+            raise InputError(
+                f"{summary.run.folder}: {applied} is no constant field; leave it out, or use voltpi analyze dielectric "
+                "(constant D) or hysteresis (fields that change)"
+            )
     vectors = np.array([summary.run.field for summary in runs])
     strengths = np.linalg.norm(vectors, axis=1)
     if np.ptp(vectors, axis=0).max() == 0.0:

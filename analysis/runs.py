@@ -101,7 +101,8 @@ def _systems(folder: Path) -> list[Path] | list[list[Path]]:
         starts = dict.fromkeys(output_start(root, system) for system in root.iterfind("system"))
         if len(starts) > 1:
             groups = [[path for path in outputs if path.name.startswith(start)] for start in starts]
-            return [group for group in groups if group]
+            if any(groups):  # and not of an input beside it that did not run
+                return [group for group in groups if group]
     return [folder]
 
 
