@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ase import Atoms
-from ase.io import read
+from ase.io import read, write
 from ase.optimize import BFGS
 
 from voltpi.analysis.double_well import double_well, points_of
@@ -208,16 +208,40 @@ def test_an_input_runs(use: str, variant: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_optimisation_in_a_field(tmp_path: Path) -> None:
-    """i-PI's minimum is where the forces in the field, of the same potential in ASE, vanish."""
+def test_optimisation_and_phonons_in_a_field(tmp_path: Path) -> None:
+    """i-PI rests where forces in the field, of the same potential in ASE, vanish; its frequencies are ASE's."""
     folder = copy_use("batio3-phonons-field", tmp_path / "run")
     assert launch.run(folder / "relax.xml", quiet=True) == 0
     last = read(folder / "relax.pos_0.extxyz", "-1")
-    last.calc = VoltPICalculator(folder / "settings.yaml")
+    write(folder / "relaxed.xyz", last, format="extxyz")
     start = read(folder / "start.xyz")
-    start.calc = VoltPICalculator(folder / "settings.yaml")
+    start.calc = last.calc = VoltPICalculator(folder / "settings.yaml")
     assert np.abs(start.get_forces()).max() > 0.05
     assert np.abs(last.get_forces()).max() < 1e-3
+    assert launch.run(folder / "input.xml", quiet=True) == 0
+    squares = np.loadtxt(folder / "run.phonons.eigval")
+    found = np.sign(squares) * np.sqrt(np.abs(squares)) * 219474.6313632  # cm⁻¹
+    expected = frequencies(last)
+    np.testing.assert_allclose(found[3:], expected[3:], atol=0.1)
+    assert np.abs(found[:3]).max() < 0.1
+    assert found[3] > 80.0
+
+
+def frequencies(atoms: Atoms) -> np.ndarray:
+    """cm⁻¹ from central differences of 0.01 bohr."""
+    places, step = atoms.positions.copy(), 0.00529177
+    rows = []
+    for place in np.ndindex(places.shape):
+        forces = []
+        for sign in (1, -1):
+            atoms.positions = places
+            atoms.positions[place] += sign * step
+            forces.append(atoms.get_forces().ravel())
+        rows.append((forces[1] - forces[0]) / (2 * step))
+    root = np.sqrt(np.repeat(atoms.get_masses(), 3))
+    matrix = np.array(rows) / np.outer(root, root)
+    squares = np.linalg.eigvalsh(0.5 * (matrix + matrix.T))
+    return np.sign(squares) * np.sqrt(np.abs(squares)) * 521.4709  # of √(eV/Å²/amu)
 
 
 @pytest.mark.slow

@@ -392,8 +392,8 @@ def _export(folder: Path) -> None:
         "licence": "MIT",
         "teacher": "SevenNet-MF-0, r2SCAN modality, in the wheel of sevenn 0.13.0, whose only licence is MIT (use, "
         "change and redistribution with the notice); earlier releases of the package were GPL-3.0. Trained by its "
-        "authors on databases of PBE and r2SCAN calculations. No weight of the teacher is in this file, only what was fitted to "
-        "its energies, forces and stress",
+        "authors on databases of PBE and r2SCAN calculations. No weight of the teacher is in this file, only what "
+        "was fitted to its energies, forces and stress",
         "data": report["data"],
         "errors": report["errors"],
         "dynamics_of_the_model": {

@@ -328,8 +328,12 @@ def test_a_charged_cell_needs_another_threshold(driven: Path) -> None:
 def test_the_shipped_pulse_runs(tmp_path: Path) -> None:
     """A few steps at the top of the pulse: the field is that of the input, and the energy taken up its work."""
     folder = copy_use("water-thz-pulse", tmp_path / "run")
+    few = read(folder / "start.xyz")[:24]
+    few.set_cell([9.0, 9.0, 9.0])
+    few.write(folder / "start.xyz", columns=["symbols", "positions"])
     changes = (
-        ("<total_steps> 1300 ", "<total_steps> 8 "),
+        ("<total_steps> 1300 ", "<total_steps> 16 "),
+        ("<timestep units='femtosecond'> 0.5 ", "<timestep units='femtosecond'> 0.25 "),
         ("stride='10'", "stride='1'"),
         ("<peak units='femtosecond'> 300 ", "<peak units='femtosecond'> 2 "),
         ("[ 0.0, 0.0, 0.1 ]", "[ 0.0, 0.0, 0.5 ]"),
