@@ -102,6 +102,7 @@ class Evaluator:
         cells: Array,
         positions: Array,
         replicas: Sequence[int] | None = None,
+        *,
         applied: Array | None = None,
         fields: Array | None = None,
         displacements: Array | None = None,
@@ -136,10 +137,11 @@ class Evaluator:
             self._oriented = True
         self._refuse_not_finite(rows, positions)
         keys = list(range(b)) if replicas is None else list(replicas)
+        given = {"fields": fields, "applied": applied, "displacements": displacements}
         results: list[Result] = []
         for part in self._parts(b):
-            own = (None if given is None else given[part] for given in (fields, applied, displacements))
-            response = self.evaluate_systems(rows[part], positions[part] * BOHR, keys[part], *own)
+            own = {name: None if values is None else values[part] for name, values in given.items()}
+            response = self.evaluate_systems(rows[part], positions[part] * BOHR, keys[part], **own)
             results += self._results(response, part, b)
         return results
 
@@ -148,6 +150,7 @@ class Evaluator:
         cells: Array,
         positions: Array,
         replicas: Sequence[Hashable] | None = None,
+        *,
         fields: Array | None = None,
         applied: Array | None = None,
         displacements: Array | None = None,

@@ -22,7 +22,8 @@ def evaluate_frames(settings: Settings, frames: Sequence[Atoms], source: str) ->
     """A record for every frame, in order, with the keys of the command line's contract.
 
     Frames of one composition, periodicity and fixed charges belong together: fragments, electrodes and carried charges
-    are those of their first frame (at zero field, where ``auto``), and wrapped atoms are followed from frame to frame.
+    are those of their first frame (at zero field, where ``auto``), as is the cell at which ``field_under_strain:
+    reduced`` takes field and displacement; wrapped atoms are followed from frame to frame.
     Others start anew.
 
     Raises InputError for settings or frames that cannot be right; messages name ``source`` and the frame.

@@ -55,7 +55,7 @@ class Potential:
     walls : pair potential between electrodes and the rest, or None. With it, short range, dispersion and reference
         energies are those of the electrolyte alone: a model that knows no metal runs between electrodes
     response_only : the short range holds the electrostatics of zero field (a foundation model), so the charges give
-        E(R; ε, D, ψ) − E(R; 0) and the dipole of E(R; ε, D, ψ): nothing is counted twice, zero field changes nothing
+        E(R; ε, D, ψ) − E(R; 0, 0 V) and the dipole of E(R; ε, D, ψ): nothing is counted twice, zero changes nothing
     precision : ``double`` (all float64), ``mixed`` (float32 network, float64 electrostatics) or ``single`` (as mixed:
         the electrostatics keep float64, where float32 would not converge)
     """
@@ -90,7 +90,6 @@ class Potential:
             short_range.requires_grad_(False)
         local = short_range is not None and not isinstance(short_range, WholeModel)
         self._pairs = NeighborCache(short_range.cutoff) if local else None
-        self._rest: tuple[PQEq, PQEq] | None = None
         self._wall_pairs = None if walls is None else NeighborCache(walls.cutoff)
 
     def to(self, device: torch.device | str) -> Potential:
@@ -254,20 +253,20 @@ class Potential:
         return self._response_of(systems, solution) if self.response_only else solution
 
     def _response_of(self, systems: Systems, solution: PQEqSolution) -> PQEqSolution:
-        """The same with energy, forces and virial counted from zero field without electrodes."""
+        """The same with energy, forces and virial counted from zero field, electrodes at 0 V (or without charge)."""
         assert self.charges is not None
-        at_rest = systems.replace(
-            field=torch.zeros_like(systems.field), displacement=None, electrode=None, applied=None
-        )
-        applied = systems.applied is not None and bool((systems.applied != 0).any())
-        if not applied and systems.displacement is None and not bool((systems.field != 0).any()):
+        applied = systems.applied
+        voltage = applied is not None and bool((applied != 0).any())
+        if not voltage and systems.displacement is None and not bool((systems.field != 0).any()):
             energy, forces = torch.zeros_like(solution.energy), torch.zeros_like(solution.forces)
             virial = torch.zeros_like(solution.virial)
         else:
-            if self._rest is None or self._rest[0] is not self.charges:  # kept for its kernels
-                alone = dataclasses.replace(self.charges, electrodes=(), finite_field=None)
-                self._rest = (self.charges, alone if self.charges.electrodes else self.charges)
-            rest = self._rest[1].solve(at_rest, start=(solution.charges, solution.shells))
+            at_rest = systems.replace(
+                field=torch.zeros_like(systems.field),
+                displacement=None,
+                applied=None if applied is None else torch.zeros_like(applied),
+            )
+            rest = self.charges.solve(at_rest, start=(solution.charges, solution.shells))
             energy = solution.energy - rest.energy
             forces, virial = solution.forces - rest.forces, solution.virial - rest.virial
         return dataclasses.replace(solution, energy=energy, forces=forces, virial=virial, terms={"response": energy})

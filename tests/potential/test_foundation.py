@@ -108,6 +108,7 @@ def test_energy_falls_with_the_field_by_the_dipole(response):
 
 
 def test_a_voltage_acts_and_no_voltage_does_not():
+    """Nothing at 0 V, continuous there, and −∫Q dψ from there on."""
     atoms = salt() * (1, 1, 2)
     atoms.center(vacuum=6.0, axis=2)
     atoms.pbc = [True, True, False]
@@ -116,13 +117,20 @@ def test_a_voltage_acts_and_no_voltage_does_not():
     members = [np.flatnonzero(z < z.min() + 1.5), np.flatnonzero(z > z.max() - 1.5)]
     potential = response_only(electrodes=electrodes)
     short = Potential(stand_in(), precision="double")(Systems.from_atoms(atoms))
-    answers = {}
-    for volts in (0.0, 1.0):
-        systems = assign_electrodes(Systems.from_atoms(atoms), electrodes, members, [0.0, volts])
-        answers[volts] = potential(potential.prepare(systems))
-    assert float(answers[0.0].energy) == pytest.approx(float(short.energy), abs=1e-12)
-    assert abs(float(answers[1.0].energy - short.energy)) > 1e-3
-    assert float(answers[1.0].electrodes["right"]["charge"] - answers[0.0].electrodes["right"]["charge"]) > 0.01
+
+    def at(left, right):
+        systems = assign_electrodes(Systems.from_atoms(atoms), electrodes, members, [left, right])
+        return potential(potential.prepare(systems))
+
+    still, pushed, hardly = at(0.0, 0.0), at(0.0, 1.0), at(0.0, 1e-6)
+    assert float(still.energy) == pytest.approx(float(short.energy), abs=1e-12)
+    moved = float(pushed.electrodes["right"]["charge"] - still.electrodes["right"]["charge"])
+    assert moved > 0.01
+    charges = [float(at(0.0, volts).electrodes["right"]["charge"]) for volts in (0.0, 0.5, 1.0)]
+    simpson = (charges[0] + 4 * charges[1] + charges[2]) / 6
+    assert float(pushed.energy - still.energy) == pytest.approx(-simpson, rel=1e-4)
+    assert float(hardly.energy - still.energy) == pytest.approx(0.0, abs=1e-5)
+    assert float((hardly.forces - still.forces).abs().max()) < 1e-4
 
 
 def test_any_ase_calculator(tmp_path, monkeypatch):
