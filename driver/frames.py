@@ -60,7 +60,7 @@ def alike(first: Atoms, other: Atoms, settings: Settings) -> bool:
 def record(response: Response, volume: float, seconds: float) -> dict[str, Any]:
     """One structure's answer as numbers and lists.
 
-    ``stress`` has ASE's sign (−virial/volume; 0 without a volume) and symmetry: the mean of the two sides.
+    ``field`` (V/Å) is there in a field or at a displacement. ``stress`` has ASE's sign (−virial/volume; 0 without a volume) and symmetry: the mean of the two sides.
     """
     virial = response.virial[0].detach().cpu().numpy()
     virial = 0.5 * (virial + virial.T)
@@ -72,7 +72,6 @@ def record(response: Response, volume: float, seconds: float) -> dict[str, Any]:
         "charges": response.charges.tolist(),
         "shells": response.shells.tolist(),
         "dipole": response.dipole[0].tolist(),
-        "field": response.field[0].tolist(),
         "electrodes": {
             name: {key: float(values[key][0]) for key in ("charge", "potential", "residual")}
             for name, values in response.electrodes.items()
@@ -81,6 +80,8 @@ def record(response: Response, volume: float, seconds: float) -> dict[str, Any]:
         "iterations": int(response.iterations[0]),
         "seconds": seconds,
     }
+    if "displacement" in response.energy_terms or bool((response.field != 0).any()):
+        out["field"] = response.field[0].tolist()
     if response.electrodes:
         out["capacitive_energy"] = 0.5 * sum(e["charge"] * e["potential"] for e in out["electrodes"].values())
     if response.born_charges is not None:

@@ -93,7 +93,8 @@ def test_evaluate_prints_the_contract(structure: Path, capsys: pytest.CaptureFix
     assert err == ""
     (line,) = out.splitlines()
     record = json.loads(line)
-    assert set(record) == KEYS | {"born_charges", "polarizability"}
+    assert set(record) == KEYS | {"field", "born_charges", "polarizability"}
+    assert record["field"] == [0, 0, 0.1]
     assert np.shape(record["forces"]) == np.shape(record["shells"]) == (6, 3)
     assert np.shape(record["stress"]) == np.shape(record["polarizability"]) == (3, 3)
     assert np.shape(record["born_charges"]) == (6, 3, 3)

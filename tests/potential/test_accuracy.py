@@ -258,22 +258,21 @@ def relative_errors(
 
 
 def exact_virial(atoms: Atoms, alpha: Array, q: Array, shells: Array) -> Array:
-    """−∂E/∂strain, [3, 3] eV, by central differences (fourth order) of the exact energy at fixed q and Δ."""
+    """−∂E/∂s_ab, [3, 3] eV, r_a -> r_a + s_ab r_b, by central differences (fourth order) at fixed q and Δ."""
     charges = np.stack([q - SHELL_CHARGE, np.full_like(q, SHELL_CHARGE)])
     h, out = 2e-3, np.zeros((3, 3))
 
     def energy(strain: Array) -> float:
-        turn = np.eye(3) + strain
+        turn = np.eye(3) + strain.T
         return site_sums(
             atoms.positions @ turn, atoms.cell.array @ turn, tuple(atoms.pbc), alpha, charges, shells, K_E
         )[0]
 
-    for x, y in zip(*np.triu_indices(3), strict=True):
+    for x, y in np.ndindex(3, 3):
         unit = np.zeros((3, 3))
-        unit[x, y] += 0.5
-        unit[y, x] += 0.5
+        unit[x, y] = 1.0
         near, far = (energy(s * unit) - energy(-s * unit) for s in (h, 2 * h))
-        out[x, y] = out[y, x] = -(8 * near - far) / (12 * h)
+        out[x, y] = -(8 * near - far) / (12 * h)
     return out
 
 
