@@ -12,7 +12,6 @@ that flow, with ``response: all``): there are no electrons beyond these.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
-from voltpi.analysis.ipi_files import iter_extras, read_trajectory
+from voltpi.analysis.ipi_files import ByStep, iter_extras, read_trajectory
 from voltpi.analysis.runs import Run
 from voltpi.analysis.statistics import BlockedMean
 from voltpi.potential.errors import InputError
@@ -178,7 +177,7 @@ def born_charges(run: Run, *, skip: float = 0.0, axis: int = 2, bin_width: float
     edges = np.linspace(low - 1e-3, high + 1e-3, bins + 1)
     sums = _Sums(first, edges, axis, bin_width)
     for k, path in enumerate(files):
-        places = _Places(run.positions[k if len(run.positions) == len(files) else 0])
+        places = _places(run.positions[k if len(run.positions) == len(files) else 0])
         for step, record in iter_extras(path):
             if late(step):
                 sums.add(_tensors(record, n, path), places.at(step))
@@ -206,17 +205,9 @@ def _mean_charges(run: Run, n: int) -> Array | None:
     return total / count if count else None
 
 
-class _Places:
-    """Frames of positions by step, asked in ascending order."""
-
-    def __init__(self, path: Path) -> None:
-        self._rest: Iterator[Any] = read_trajectory(path)
-        self._next = next(self._rest, None)
-
-    def at(self, step: int) -> Atoms | None:
-        while self._next is not None and self._next.step is not None and self._next.step < step:
-            self._next = next(self._rest, None)
-        return self._next.atoms if self._next is not None and self._next.step in (None, step) else None
+def _places(path: Path) -> ByStep[Atoms]:
+    """Structures of a trajectory of positions by step."""
+    return ByStep(lambda: ((frame.step, frame.atoms) for frame in read_trajectory(path) if frame.step is not None))
 
 
 class _Sums:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from ase.data import atomic_numbers, chemical_symbols
 from ase.io import read
 from numpy.typing import ArrayLike, NDArray
 
-from voltpi.analysis.ipi_files import iter_extras, read_trajectory
+from voltpi.analysis.ipi_files import extras_by_step, read_trajectory
 from voltpi.analysis.run_inputs import Given, given_to_drivers
 from voltpi.analysis.runs import Run
 from voltpi.potential.errors import InputError
@@ -38,10 +37,8 @@ class AtomCharges:
     def __init__(self, source: str, constant: ArrayLike | None = None, records: Path | None = None) -> None:
         self.source = source
         self.constant: Array | None = None if constant is None else np.asarray(constant, dtype=float)
-        self._records = records
-        self._rest: Iterator[tuple[int, Array]] | None = None
-        self._next: tuple[int, Array] | None = None
-        self._asked = -1
+        self._path = records
+        self._records = None if records is None else extras_by_step(records)
 
     def at(self, step: int | None, n: int) -> Array | None:
         """Charges [n] at a step; None where none were written.
@@ -53,18 +50,9 @@ class AtomCharges:
             return self._checked(self.constant, n)
         assert self._records is not None
         if step is None:
-            raise InputError(f"{self._records}: charges have steps but the frames have none; {_NEED}")
-        if self._rest is None or step < self._asked:
-            self._rest = iter_extras(self._records)
-            self._next = None
-        self._asked = step
-        while self._next is None or self._next[0] < step:
-            found = next(self._rest, None)
-            if found is None:
-                self._next = None
-                return None
-            self._next = found
-        return self._checked(self._next[1], n) if self._next[0] == step else None
+            raise InputError(f"{self._path}: charges have steps but the frames have none; {_NEED}")
+        found = self._records.at(step)
+        return None if found is None else self._checked(found, n)
 
     def _checked(self, values: Array, n: int) -> Array:
         if values.shape != (n,):

@@ -14,12 +14,18 @@ S. Baroni, Nat. Phys. 15, 967 (2019)). This holds for whole charges of ions (and
 those that ions carry through the cell, such as fitted partial charges of ions, have a σ of their own. Charges that
 change with time are averaged for every atom.
 
+These are formulae of a constant field. At constant displacement M is bound, whatever conducts: axes where D is held, or
+where the field changes with time, are left out of the means over axes. Where no charged species diffuses within the
+run there is no σ: what charges do within a vibration is no conduction, but has a slope. Ions of a cell that a barostat
+moves are followed without its affine motion, in M as in the positions.
+
 The line of Einstein and Helfand and the mean of the running Green–Kubo integral are taken between the same two times.
 Errors: origins of time (Helfand) or stretches of the trajectory (Green–Kubo, drift) in eight blocks.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,9 +38,9 @@ from voltpi.analysis.charges_of import charges_of_beads
 from voltpi.analysis.ipi_files import iter_extras
 from voltpi.analysis.polarization import polarization_of
 from voltpi.analysis.runs import Run
-from voltpi.analysis.spectra_series import dipole_series, temperature_of
+from voltpi.analysis.spectra_series import dipole_series, free_axes, temperature_of
 from voltpi.analysis.statistics import linear_fit, plus_minus
-from voltpi.analysis.trajectory import Unwrapped, unwrapped
+from voltpi.analysis.trajectory import Unwrapped, frames_of, unwrapped
 from voltpi.analysis.transport import Diffusion, diffusion, movers_of
 from voltpi.potential.errors import InputError
 
@@ -46,11 +52,13 @@ _KB = constants.k / constants.e  # eV/K
 _SI = constants.e / constants.angstrom * 1e15  # S/m in 1 e/(V Å fs)
 _BLOCKS = 8
 _LAGS = 200
+_VIBRATION = 200.0  # fs: lines begin no earlier unless they are asked to
+_NEUTRAL = 1e-3  # e
 
 
 @dataclass(frozen=True)
 class Moment:
-    """M [f, 3] (e·Å) every ``spacing`` fs, and what it is made of; ``key``: that in one word."""
+    """M [f, a] (e·Å) along the axes in use every ``spacing`` fs, and what it is made of; ``key``: that in one word."""
 
     key: str
     source: str
@@ -60,7 +68,10 @@ class Moment:
 
 @dataclass(frozen=True)
 class Helfand:
-    """⟨|ΔM|²⟩ [l, 3] (e²Å²) by direction at ``lags`` [l] fs, and σ (S/m) of the line between ``fitted`` (fs)."""
+    """⟨ΔM²⟩ [l, a] (e²Å²) by axis at ``lags`` [l] fs, and σ (S/m) of the line between ``fitted`` (fs).
+
+    sigma, error : nan where nothing diffuses · sigma_axes : [a], of the axes in use
+    """
 
     moment: Moment
     lags: Array
@@ -73,7 +84,7 @@ class Helfand:
 
 @dataclass(frozen=True)
 class Estimate:
-    """σ ± error in S/m by one ``method``, and what it was made of."""
+    """σ ± error in S/m (nan: none) by one ``method``, and what it was made of."""
 
     method: str
     source: str
@@ -104,16 +115,17 @@ def helfand(moment: Moment, scale: float, limits: tuple[float, float]) -> Helfan
             f"fit from {limits[0] / 1000:g} to {limits[1] / 1000:g} ps: too few of {f} records, {spacing:g} fs apart; "
             "give --fit FROM TO in ps"
         )
-    squares = np.zeros((len(lags), 3))
-    blocks = np.zeros((_BLOCKS, len(lags), 3))
+    n_axes = moment.values.shape[1]
+    squares = np.zeros((len(lags), n_axes))
+    blocks = np.zeros((_BLOCKS, len(lags), n_axes))
     for k, lag in enumerate(lags):
         jumps = (moment.values[lag:] - moment.values[: f - lag]) ** 2
         squares[k] = jumps.mean(axis=0)
         # the same origins at every lag, or lines through them would not be straight
         blocks[:, k] = [part.mean(axis=0) for part in np.array_split(jumps[: f - last], _BLOCKS)]
     time = lags * spacing
-    axes = np.array([0.5 * scale * linear_fit(time[fit], squares[fit, a]).slope for a in range(3)]) * _SI
-    parts = [scale / 6.0 * linear_fit(time[fit], block[fit].sum(axis=1)).slope * _SI for block in blocks]
+    axes = np.array([0.5 * scale * linear_fit(time[fit], squares[fit, a]).slope for a in range(n_axes)]) * _SI
+    parts = [0.5 * scale / n_axes * linear_fit(time[fit], block[fit].sum(axis=1)).slope * _SI for block in blocks]
     error = float(np.std(parts, ddof=1) / np.sqrt(_BLOCKS))
     return Helfand(moment, time, squares, limits, float(axes.mean()), error, axes)
 
@@ -123,8 +135,8 @@ def green_kubo(
 ) -> tuple[Array, Array, float, float]:
     """Lags (fs), running integral (S/m), its mean between two times (fs) and the error of that mean.
 
-    ``current`` [f, 3]: Ṁ (e·Å/fs) every ``spacing`` fs; ``scale``: 1/(V k_B T) in 1/(Å³ eV). The correlation function
-    is a mean over origins. Raises InputError as ``helfand``.
+    ``current`` [f, a]: Ṁ (e·Å/fs) along the axes in use every ``spacing`` fs; ``scale``: 1/(V k_B T) in 1/(Å³ eV).
+    The correlation function is a mean over origins. Raises InputError as ``helfand``.
     """
     first, last = _window(Moment("current", "current", current, spacing), limits)
     whole = _running(current, spacing, scale, last)
@@ -141,7 +153,7 @@ def _running(current: Array, spacing: float, scale: float, last: int) -> Array:
     spectrum = np.fft.rfft(current, size, axis=0)
     correlation = np.fft.irfft((np.abs(spectrum) ** 2).sum(axis=1), size)[: last + 1] / (n - np.arange(last + 1))
     steps = 0.5 * (correlation[1:] + correlation[:-1])
-    return np.concatenate([[0.0], np.cumsum(steps)]) * spacing * scale / 3.0 * _SI
+    return np.concatenate([[0.0], np.cumsum(steps)]) * spacing * scale / current.shape[1] * _SI
 
 
 def _window(moment: Moment, limits: tuple[float, float]) -> tuple[int, int]:
@@ -160,7 +172,8 @@ class Conductivity:
     """Estimates of σ, the best one first, and what they are made of.
 
     collective: of Einstein and Helfand, one for every M · integral: lags (fs) and the running Green–Kubo integral (S/m)
-    diffusion: of every kind of ion, with its ``charges`` (e) · drift: along the field, None without one
+    diffusion: of every kind of ion, with its ``charges`` (e) · drift: along the field, None without one · axes: [3],
+    those that count
     """
 
     temperature: float
@@ -173,6 +186,7 @@ class Conductivity:
     charges: tuple[float, ...]
     nernst_einstein: Estimate | None
     drift: Estimate | None
+    axes: NDArray[np.bool_]
     notes: tuple[str, ...]
 
     @property
@@ -200,7 +214,7 @@ class Conductivity:
             "fit_from_ps": self.collective[0].fitted[0] / 1000.0,
             "fit_to_ps": self.collective[0].fitted[1] / 1000.0,
             "estimates": [estimate.numbers() for estimate in self.estimates],
-            "sigma_axes_S_per_m": {h.moment.key: h.sigma_axes.tolist() for h in self.collective},
+            "sigma_axes_S_per_m": {h.moment.key: self._by_axis(h) for h in self.collective},
             "haven_ratio": self.haven[0],
             "haven_ratio_error": self.haven[1],
             "ions": {d.name: d.numbers() | {"charge_e": q} for d, q in zip(self.diffusion, self.charges, strict=True)},
@@ -215,19 +229,31 @@ class Conductivity:
             f"{first[1] / 1000:.2g} ps"
         ]
         for e in self.estimates:
-            lines.append(f"{e.method:<16} σ = {plus_minus(e.sigma / 100.0, e.error / 100.0, '.3g')} S/cm   {e.source}")
+            known = np.isfinite(e.sigma)
+            value = f"σ = {plus_minus(e.sigma / 100.0, e.error / 100.0, '.3g')} S/cm" if known else "no σ"
+            lines.append(f"{e.method:<16} {value}   {e.source}")
         if np.isfinite(self.haven[0]):
             lines.append(f"Haven ratio      {plus_minus(*self.haven, '.2f')}")
         return [*lines, *self.notes]
 
+    def _by_axis(self, h: Helfand) -> list[float]:
+        """σ [3] along x, y, z, nan along axes that do not count."""
+        out = np.full(3, np.nan)
+        out[self.axes] = h.sigma_axes
+        return [float(x) for x in out]
+
     def table(self) -> tuple[list[str], Array]:
-        """Header and rows of the CSV: lags, ⟨|ΔM|²⟩ and ⟨|ΔM|²⟩/(6 V k_B T t) of the first M, then of the others."""
+        """Header and rows of the CSV: lags, ⟨|ΔM|²⟩ and ⟨|ΔM|²⟩/(2a V k_B T t) of the first M, then of the others.
+
+        a: the number of axes that count, 3 unless some are at constant displacement.
+        """
         base = self.collective[0]
         header, columns = ["lag_fs"], [base.lags]
         for h in self.collective:
             squares = np.interp(base.lags, h.lags, h.squares.sum(axis=1))
-            slope = squares / np.maximum(base.lags, 1e-300) / (6.0 * self.volume * _KB * self.temperature) * _SI
-            header += [f"dM2_{h.moment.key}_e2A2", f"dM2_per_6VkTt_{h.moment.key}_S_per_m"]
+            twice = 2 * int(self.axes.sum())
+            slope = squares / np.maximum(base.lags, 1e-300) / (twice * self.volume * _KB * self.temperature) * _SI
+            header += [f"dM2_{h.moment.key}_e2A2", f"dM2_per_{twice}VkTt_{h.moment.key}_S_per_m"]
             columns += [squares, np.where(base.lags > 0, slope, np.nan)]
         return header, np.column_stack(columns)
 
@@ -245,24 +271,34 @@ def conductivity_of(
     """σ of a run in all the ways that its files allow.
 
     ``charges``: a file (``voltpi.analysis.charges_of``), beside what the run wrote; ``fit`` (ps): between which times,
-    else from 1/100 to 1/20 of the trajectory; ``by`` and ``hop``: see ``voltpi.analysis.transport``. Raises InputError
-    where no M can be made, or as ``helfand`` does.
+    else from 1/100 to 1/20 of the trajectory, but from 0.2 ps (a vibration) at the least, and then to 0.4 ps; ``by``
+    and ``hop``: see ``voltpi.analysis.transport``. Every σ is nan where no charged species diffuses. Raises InputError
+    where no M can be made, where no axis is at a constant field, or as ``helfand`` does.
     """
+    free, cautions = free_axes(run.applied, str(run.folder), "the conductivity")
     path = unwrapped(run, skip)
     kelvin = temperature_of(run, skip, temperature)
     moments, ion_charges, notes = _moments(run, path, skip, charges)
     length = (len(moments[0].values) - 1) * moments[0].spacing
-    limits = (length / 100.0, length / 20.0) if fit is None else (1000.0 * fit[0], 1000.0 * fit[1])
+    first = max(length / 100.0, _VIBRATION)
+    limits = (first, max(length / 20.0, 2.0 * first)) if fit is None else (1000.0 * fit[0], 1000.0 * fit[1])
     volume = float(path.volume.mean())
     scale = 1.0 / (volume * _KB * kelvin)
+    notes += cautions
     drift, mean_current = _drift(run, moments[0], volume, notes)
-    still = [
-        Moment(m.key, m.source, m.values - np.outer(m.spacing * np.arange(len(m.values)), mean_current), m.spacing)
-        for m in moments
-    ]
+    still = []
+    for m in moments:
+        flow = np.outer(m.spacing * np.arange(len(m.values)), mean_current)
+        still.append(Moment(m.key, m.source, (m.values - flow)[:, free], m.spacing))
     collective = tuple(helfand(m, scale, limits) for m in still)
-    current, spacing, source = _current(run, still[0], skip, kelvin, charges)
-    lags, running, value, error = green_kubo(current - mean_current * bool(run.velocities), spacing, scale, limits)
+    if run.velocities:
+        name = None if charges is None else str(charges)
+        series, _, _, source = dipole_series(run, "current", skip=skip, temperature=kelvin, charges=name)
+        current, spacing = (series.values - mean_current)[:, free], series.spacing
+    else:
+        current, spacing = np.diff(still[0].values, axis=0) / still[0].spacing, still[0].spacing
+        source = f"differences of M, {still[0].source}"
+    lags, running, value, error = green_kubo(current, spacing, scale, limits)
     kubo = Estimate("Green-Kubo", source, value, error)
     done: list[Diffusion] = []
     carried: list[float] = []
@@ -271,6 +307,18 @@ def conductivity_of(
         done.append(diffusion(mover.species.name, places, path.spacing, hop))
         carried.append(
             float("nan") if ion_charges is None else float(ion_charges[mover.species.atoms].sum(axis=1).mean())
+        )
+    charged = [d for d, q in zip(done, carried, strict=True) if not abs(q) <= _NEUTRAL]
+    if charged and all(d.fitted is None for d in charged):
+        nan = float("nan")
+        collective = tuple(
+            dataclasses.replace(h, sigma=nan, error=nan, sigma_axes=h.sigma_axes * nan) for h in collective
+        )
+        kubo, drift = dataclasses.replace(kubo, sigma=nan, error=nan), None
+        notes.append(
+            f"no conductivity: no charged species ({', '.join(d.name for d in charged)}) diffuses in this run, whose "
+            f"MSD would have to pass {0.5 * hop**2:.3g} Å² (half of --hop squared) and rise by as much again; let it "
+            "run longer, or take it for an insulator"
         )
     return Conductivity(
         kelvin,
@@ -283,6 +331,7 @@ def conductivity_of(
         tuple(carried),
         _nernst_einstein(done, carried, scale),
         drift,
+        free,
         tuple(notes),
     )
 
@@ -294,9 +343,7 @@ def _moments(
     moments: list[Moment] = []
     notes: list[str] = []
     if run.extras.get("dipole"):
-        p = polarization_of(run).after(skip)
-        _equally_spaced(p.steps, "dipoles")
-        moments.append(Moment("dipole", p.source, p.dipole, float(np.ptp(p.time)) / (len(p.time) - 1)))
+        moments.append(_dipole_moment(run, path, skip, notes))
     mean: Array | None = None
     places = path.without_drift()
     for source in [None] if given is None else [given, None]:
@@ -320,6 +367,29 @@ def _moments(
     if len(born) == 1 and len(run.positions) == 1:
         moments += _born_moment(born[0], path)
     return moments, mean, notes
+
+
+def _dipole_moment(run: Run, path: Unwrapped, skip: float, notes: list[str]) -> Moment:
+    """M of the driver; in a cell that changes without the affine motion of ions, as ``unwrapped`` has it."""
+    p = polarization_of(run).after(skip)
+    _equally_spaced(p.steps, "dipoles")
+    steps, time, values = p.steps, p.time, p.dipole
+    if np.ptp(path.volume) > 1e-9 * path.volume.mean():
+        cells = {step: np.asarray(beads[0].cell) for step, beads in frames_of(run, skip)}
+        both = np.isin(steps, list(cells))
+        if np.count_nonzero(both) > 2 and np.ptp(np.diff(steps[both])) == 0:
+            steps, time, values = steps[both], time[both], values[both]
+            h = np.array([cells[int(step)] for step in steps])
+            scaled = np.einsum("fk,fkl->fl", values, np.linalg.inv(h))
+            moved = np.einsum("fk,fkl->fl", np.diff(scaled, axis=0), 0.5 * (h[1:] + h[:-1]))
+            values = np.concatenate([values[:1], moved]).cumsum(axis=0)
+            notes.append("the cell changes: M of the dipole is taken at the frames of positions, without affine motion")
+        else:
+            notes.append(
+                "caution: the cell changes, and M of the dipole holds the affine motion of ions with it; print dipole "
+                "and positions with one stride"
+            )
+    return Moment("dipole", p.source, values, float(np.ptp(time)) / (len(time) - 1))
 
 
 def _mean_charges(run: Run, path: Unwrapped, skip: float, given: str | Path | None) -> tuple[Array, str, float]:
@@ -369,22 +439,16 @@ def _equally_spaced(steps: NDArray[np.int64], what: str) -> None:
         raise InputError(f"{what} are not written at one stride (or once only); print them with one stride")
 
 
-def _current(
-    run: Run, moment: Moment, skip: float, temperature: float, charges: str | Path | None
-) -> tuple[Array, float, str]:
-    """Ṁ [f, 3] (e·Å/fs), its spacing (fs) and source: of velocities where they were written, else differences of M."""
-    if run.velocities:
-        name = None if charges is None else str(charges)
-        series, _, _, source = dipole_series(run, "current", skip=skip, temperature=temperature, charges=name)
-        return series.values, series.spacing, source
-    return np.diff(moment.values, axis=0) / moment.spacing, moment.spacing, f"differences of M, {moment.source}"
-
-
 def _drift(run: Run, moment: Moment, volume: float, notes: list[str]) -> tuple[Estimate | None, Array]:
-    """σ of the drift in a static field, and the mean Ṁ [3] (e·Å/fs), zero without a field."""
-    applied = run.applied
-    if applied.held.any() or applied.changing.any():
-        notes.append(f"{applied}: no σ of drift, which takes a static field; the others are those of equilibrium")
+    """σ of the drift in a static field, and the mean Ṁ [3] (e·Å/fs), zero without a field.
+
+    Along axes at constant displacement there is no field of its own, and no drift.
+    """
+    if run.applied.changing.any():
+        notes.append(
+            f"{run.applied}: no σ of drift, which takes a static field; the others are those of a system at rest, "
+            "which one that is driven is not"
+        )
         return None, np.zeros(3)
     strength = float(np.linalg.norm(run.field))
     if strength == 0.0:

@@ -87,11 +87,12 @@ def _same(a: Applied, b: Applied) -> bool:
 def _given_to(driver: Given) -> tuple[str, Applied]:
     """Source, field and displacement of what one driver got."""
     content = _content(driver.settings) if driver.settings.is_file() or "field" not in driver.overrides else {}
-    overridden = [key for key in ("field", "displacement") if key in driver.overrides]
-    source = driver.source if overridden else str(driver.settings)
-    values = {key: driver.overrides.get(key, content.get(key)) for key in ("field", "displacement")}
-    field, moves = _vector(source, values["field"], "field")
-    displacement, shifts = _vector(source, values["displacement"], "displacement", missing=np.nan)
+    own = {key: value for key, value in driver.overrides.items() if key.partition(".")[0] in ("field", "displacement")}
+    source = driver.source if own else str(driver.settings)
+    for key, value in own.items():
+        _put(source, content, key, value)
+    field, moves = _vector(source, content.get("field"), "field")
+    displacement, shifts = _vector(source, content.get("displacement"), "displacement", missing=np.nan)
     held = shifts | np.isfinite(displacement)
     return source, Applied(np.where(held, 0.0, field), displacement, held, np.where(held, shifts, moves))
 
@@ -108,15 +109,39 @@ def _content(path: Path) -> dict[str, Any]:
     return content or {}
 
 
+def _put(source: str, content: dict[str, Any], key: str, value: Any) -> None:
+    """Puts a value of i-PI's ``<parameters>`` at a dotted key such as ``field.2`` or ``field.2.ramp.rate``."""
+    *above, last = (int(part) if part.isdigit() else part for part in key.split("."))
+    here: Any = content
+    try:
+        for part in above:
+            here = here[part]
+        here[last] = _read(value)
+    except (KeyError, IndexError, TypeError):
+        raise InputError(
+            f"{source}: {key} is given, but the settings have no list of three entries for it; give the whole of "
+            f"{key.partition('.')[0]}, or --field X Y Z"
+        ) from None
+
+
+def _read(value: Any) -> Any:
+    """Text as YAML, or as i-PI's ``<parameters>`` have a vector: with blanks."""
+    if not isinstance(value, str):
+        return value
+    words = value.split()
+    try:
+        return yaml.safe_load(value) if len(words) < 2 or set("[{") & set(value) else [_read(word) for word in words]
+    except yaml.YAMLError:
+        return value
+
+
 def _vector(source: str, value: Any, key: str, missing: float = 0.0) -> tuple[Array, NDArray[np.bool_]]:
     """Three numbers (V/Å), ``missing`` for null and nan for what changes with time; whether it does."""
-    entries = yaml.safe_load(value) if isinstance(value, str) and "[" in value else value
-    entries = entries.split() if isinstance(entries, str) else [None] * 3 if entries is None else entries
+    entries: Any = [None] * 3 if value is None else value
     try:
-        entries = [yaml.safe_load(x) if isinstance(x, str) else x for x in entries]
         changing = np.array([isinstance(x, dict) for x in entries])
         vector = np.array([np.nan if isinstance(x, dict) else missing if x is None else float(x) for x in entries])
-    except (TypeError, ValueError, yaml.YAMLError):
+    except (TypeError, ValueError):
         vector, changing = np.zeros(0), np.zeros(0, dtype=bool)
     given = [not moves and x is not None for x, moves in zip(entries, changing, strict=False)] if len(vector) else []
     if vector.shape != (3,) or not np.isfinite(vector[given]).all():

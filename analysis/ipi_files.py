@@ -1,20 +1,27 @@
 """What i-PI writes: properties, trajectories (its own XYZ and extended XYZ) and extras, in Å, eV, e, fs and K.
 
-Formats as i-PI 3.3 writes them (``ipi/engine/outputs.py``). A restarted run appends: where a step comes twice the later
-record counts. A last record cut short by a killed run is left out.
+Formats as i-PI 3.3 writes them (``ipi/engine/outputs.py``). A restarted run appends, and its steps go back to the last
+checkpoint: the later branch replaces all that was written before from its first step on, so that of every step the last
+record counts and records of an abandoned branch are left out, in each kind of file alike. A record cut short by a
+killed run is left out, also where the next one follows on its line.
 """
 
 from __future__ import annotations
 
+import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from io import StringIO
+from itertools import islice
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 from ase import Atoms
 from ase.data import atomic_numbers
-from ase.io import iread
+from ase.io import read
 from ipi.utils.io.backends.io_xyz import read_xyz
 from ipi.utils.units import unit_to_internal, unit_to_user
 from numpy.typing import NDArray
@@ -23,6 +30,7 @@ from scipy import constants
 from voltpi.potential.errors import InputError
 
 __all__ = [
+    "ByStep",
     "Extras",
     "Forces",
     "Frame",
@@ -30,6 +38,7 @@ __all__ = [
     "Vectors",
     "Velocities",
     "convert",
+    "extras_by_step",
     "file_kind",
     "iter_extras",
     "read_extras",
@@ -41,12 +50,16 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
+T = TypeVar("T")
 
 _COLUMN = re.compile(r"#\s*(?:column|cols\.)\s+(\d+)(?:-(\d+))?\s*-->\s*([^\s:]+)")
 _UNIT = re.compile(r"\{([^}]*)\}")
-_EXTRAS = re.compile(r"^\s*#EXTRAS(?:_BIAS)?\(([^)]*)\)#\s*Step:\s*(\d+)")
-_STEP = re.compile(r"Step:\s*(\d+)")
-_QUANTITY = re.compile(r"(\w+)\{(\w+)\}\s+cell\{(\w+)\}")
+_EXTRAS = re.compile(r"^\s*#EXTRAS(?:_BIAS)?\(([^)]*)\)#")
+_QUANTITY = re.compile(r"(\w+)\{([^}]*)\}\s+cell\{([^}]*)\}")
+# Lines that tell a record. Where a killed run cut such a line in its step the number could be any: then no blank
+# follows it (XYZ), or a second header does before the end of the line (extras).
+_EXTRAS_LINE = re.compile(rb"#EXTRAS(?:_BIAS)?\([^()#\n]*\)#[ \t]*Step:[ \t]*(\d+)\b[^#\n]*\n")
+_XYZ_COMMENT = re.compile(rb"Step:[ \t]*(\d+)[ \t\"'][^\n]*\n")
 # as i-PI writes them
 _NAMES = {
     "positions": ("positions",),
@@ -96,9 +109,14 @@ def read_properties(path: str | Path) -> Properties:
     slots: dict[str, tuple[int, int]] = {}
     units: dict[str, str] = {}
     rows: list[list[float]] = []
+    width = 0
     for line in _lines(path):
         if not line.startswith("#"):
-            rows.append(_numbers(line))
+            words = line.split()
+            # a row cut short has no end of its line, or the next row behind it
+            row = _numbers(words[-width:]) if 0 < width <= len(words) and line.endswith("\n") else []
+            if row:
+                rows.append(row)
             continue
         match = _COLUMN.match(line)
         if match:
@@ -106,15 +124,14 @@ def read_properties(path: str | Path) -> Properties:
             unit = _UNIT.search(title)
             name = _UNIT.sub("", title)
             slots[name], units[name] = (first - 1, last), unit[1] if unit else ""
+            width = max(width, last)
     if not slots:
         raise InputError(f"{path}: no header '# column 1 --> …'; give a file that <properties> of i-PI wrote")
-    width = max(last for _, last in slots.values())
-    rows = [row for row in rows if len(row) == width]
     if not rows:
         raise InputError(f"{path}: no complete line of numbers; let the run write at least one step")
     table = np.array(rows)
     if "step" in slots:
-        table = table[_last_of_each(table[:, slots["step"][0]].astype(int))]
+        table = table[_last_branch(table[:, slots["step"][0]])]
     columns = {n: table[:, a] if b - a == 1 else table[:, a:b] for n, (a, b) in slots.items()}
     return Properties(path, columns, units)
 
@@ -135,13 +152,14 @@ def read_extras(path: str | Path) -> Extras:
     Raises InputError for a file of another kind, with raw text (``extra_type='raw'``) or without a complete record.
     """
     path = Path(path)
+    name = ""
     steps: list[int] = []
     records: list[list[list[float]]] = []
-    name = ""
     for name, step, rows in _records(path):  # noqa: B007 (the last one is used)
-        steps.append(step)
-        records.append(rows)
-    if not records:
+        if rows:
+            steps.append(step)
+            records.append(rows)
+    if not name:
         raise InputError(f"{path}: no '#EXTRAS(…)# Step:' line; give a file of <trajectory extra_type='…'> extras")
     shapes = [(len(record), *{len(row) for row in record}) for record in records]
     good = [i for i, shape in enumerate(shapes) if shape == shapes[0] and len(shape) == 2 and shape[1] > 0]
@@ -151,40 +169,59 @@ def read_extras(path: str | Path) -> Extras:
         )
     values = np.array([records[i] for i in good])
     values = values[:, 0] if values.shape[1] == 1 else values
-    kept = np.array([steps[i] for i in good])
-    order = _last_of_each(kept)
-    return Extras(path, name, kept[order], values[order])
+    return Extras(path, name, np.array([steps[i] for i in good]), values)
 
 
 def iter_extras(path: str | Path) -> Iterator[tuple[int, Array]]:
-    """Steps and values of a file of extras one by one, as ``read_extras`` reads them all at once.
-
-    Records that were cut short, and steps that go back in time (a restart that wrote them again), are left out.
-    """
-    latest, shape = -1, None
+    """Steps (ascending) and values of a file of extras one by one, as ``read_extras`` reads them all at once."""
+    shape = None
     for _, step, rows in _records(Path(path)):
-        if step <= latest or not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
+        if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
             continue
         values = np.array(rows[0] if len(rows) == 1 else rows)
         shape = values.shape if shape is None else shape
         if values.shape == shape:
-            latest = step
             yield step, values
 
 
 def _records(path: Path) -> Iterator[tuple[str, int, list[list[float]]]]:
-    """Name, step and lines of numbers of every record of extras."""
-    name, step, rows = "", -1, list[list[float]]()
-    for line in _lines(path):
-        match = _EXTRAS.match(line)
-        if match:
-            if name:
-                yield name, step, rows
-            name, step, rows = match[1], int(match[2]), []
-        elif name:
-            rows.append(_numbers(line))
-    if name:
-        yield name, step, rows
+    """Name, step and lines of numbers of every record of extras; no lines where it was cut short."""
+    for step, text, _ in _last_records(path, _EXTRAS_LINE):
+        header, *lines = _decoded(path, text).splitlines(keepends=True)
+        match = _EXTRAS.match(header)
+        assert match is not None
+        if lines and lines[-1].lstrip()[:1] in ("", "#"):
+            lines.pop()  # the beginning of the next header
+        complete = lines and lines[-1].endswith("\n")
+        yield match[1], step, [_numbers(line.split()) for line in lines if line.strip()] if complete else []
+
+
+class ByStep(Generic[T]):
+    """What a reader yields, with steps in ascending order, asked for by step. One value is kept in memory.
+
+    ``read`` begins to read; it is called again when an earlier step is asked for.
+    """
+
+    def __init__(self, read: Callable[[], Iterator[tuple[int, T]]]) -> None:
+        self._read = read
+        self._rest: Iterator[tuple[int, T]] | None = None
+        self._next: tuple[int, T] | None = None
+        self._asked = -1
+
+    def at(self, step: int) -> T | None:
+        """The value of a step; None where there is none."""
+        if self._rest is None or step < self._asked:
+            self._rest = self._read()
+            self._next = next(self._rest, None)
+        self._asked = step
+        while self._next is not None and self._next[0] < step:
+            self._next = next(self._rest, None)
+        return self._next[1] if self._next is not None and self._next[0] == step else None
+
+
+def extras_by_step(path: Path) -> ByStep[Array]:
+    """The records of a file of extras."""
+    return ByStep(lambda: iter_extras(path))
 
 
 @dataclass(frozen=True)
@@ -201,10 +238,9 @@ class Frame:
 def read_trajectory(path: str | Path) -> Iterator[Frame]:
     """Frames of positions one by one: i-PI's XYZ (units in the comment), or extended XYZ.
 
-    Frames that go back in time (a restart that wrote steps again) are left out. Raises InputError for a file that holds
-    no positions.
+    Steps ascend. Raises InputError for a file that holds no positions.
     """
-    for frame, _ in _forwards(Path(path), "positions"):
+    for frame, _ in _frames(Path(path), "positions"):
         yield frame
 
 
@@ -222,7 +258,7 @@ def read_velocities(path: str | Path) -> Iterator[Velocities]:
 
     Raises InputError for a file that holds something else.
     """
-    for frame, unit in _forwards(Path(path), "velocities"):
+    for frame, unit in _frames(Path(path), "velocities"):
         values = convert(frame.atoms.arrays["velocities"], "velocity", unit, "atomic_unit")
         yield Velocities(frame.step, frame.atoms.numbers, values * _ATOMIC_VELOCITY)
 
@@ -241,7 +277,7 @@ def read_forces(path: str | Path) -> Iterator[Forces]:
 
     Raises InputError for a file that holds something else.
     """
-    for frame, unit in _forwards(Path(path), "forces"):
+    for frame, unit in _frames(Path(path), "forces"):
         values = convert(frame.atoms.arrays["forces"], "force", unit, "ev/ang")
         yield Forces(frame.step, list(frame.atoms.symbols), values)
 
@@ -269,55 +305,71 @@ def read_vectors(path: str | Path) -> Iterator[Vectors]:
     what = file_kind(path)
     if what not in ("kinetic_cv", "r_gyration"):
         raise InputError(f"{path}: holds {what or 'no trajectory'}; give the trajectory of kinetic_cv or r_gyration")
-    for frame, unit in _forwards(path, what):
+    for frame, unit in _frames(path, what):
         yield Vectors(frame.step, list(frame.atoms.symbols), frame.atoms.arrays[what], unit)
 
 
-def _forwards(path: Path, what: str) -> Iterator[tuple[Frame, str]]:
-    """Frames of positions, velocities or forces, each with its unit, without those that go back in time."""
-    latest = -1
-    extended = path.suffix == ".extxyz" or "Properties=" in _head(path)
-    for frame, unit in _read_extxyz(path, what) if extended else _read_ipi_xyz(path, what):
-        if frame.step is not None:
-            if frame.step <= latest:
-                continue
-            latest = frame.step
-        yield frame, unit
-    if latest < 0 and not _head(path):
+def _frames(path: Path, what: str) -> Iterator[tuple[Frame, str]]:
+    """Frames of positions, velocities or forces, each with its unit."""
+    head = _head(path)
+    if not head:
         raise InputError(f"{path}: is empty; let the run write at least one frame")
+    extended = path.suffix == ".extxyz" or "Properties=" in head
+    for step, lines in _blocks(path):
+        quantity = _QUANTITY.search(lines[1])
+        if quantity or what != "positions" or not extended:
+            _check(path, quantity, what)
+        try:
+            atoms = _extended(lines) if extended else _plain(lines, what)
+        except (OSError, ValueError, KeyError, IndexError, StopIteration, EOFError):
+            continue  # cut short
+        yield Frame(step, atoms), quantity[2] if quantity else "ase"
 
 
-def _read_extxyz(path: Path, what: str) -> Iterator[tuple[Frame, str]]:
-    try:
-        for atoms in iread(str(path), index=":", format="extxyz"):
-            comment = str(atoms.info.get("ipi_comment", ""))
-            quantity = _QUANTITY.search(comment)
-            if quantity or what != "positions":
-                _check(path, quantity, what)
-            yield Frame(_step(comment), atoms), quantity[2] if quantity else "ase"
-    except (OSError, ValueError, KeyError, StopIteration) as error:
-        if isinstance(error, InputError):
-            raise
-        return  # the last frame was cut short
+def _extended(lines: Sequence[str]) -> Atoms:
+    """The structure of a block of extended XYZ."""
+    atoms = read(StringIO("".join(lines)), format="extxyz")
+    assert isinstance(atoms, Atoms)
+    return atoms
 
 
-def _read_ipi_xyz(path: Path, what: str) -> Iterator[tuple[Frame, str]]:
-    with path.open() as file:
-        while True:
-            try:
-                comment, h, values, names, _ = read_xyz(file)
-            except (EOFError, StopIteration, IndexError, ValueError):
+def _plain(lines: Sequence[str], what: str) -> Atoms:
+    """The structure of a block of i-PI's XYZ; what are no positions is an array in the unit of the file."""
+    comment, h, values, names, _ = read_xyz(iter(lines))
+    quantity = _QUANTITY.search(comment)
+    assert quantity is not None
+    symbols = [str(name) if name in atomic_numbers else "X" for name in names]
+    atoms = Atoms(symbols, cell=convert(h.T, "length", quantity[3], "angstrom"), pbc=True)
+    if what == "positions":
+        atoms.positions = convert(values.reshape(-1, 3), "length", quantity[2], "angstrom")
+    else:
+        atoms.new_array(what, values.reshape(-1, 3))
+    return atoms
+
+
+def _blocks(path: Path) -> Iterator[tuple[int | None, list[str]]]:
+    """Step and lines (number of atoms, comment, atoms) of every complete frame of an XYZ file."""
+    with path.open("rb") as file:
+        first = file.readline()
+        n = int(first) if first.strip().isdigit() else 0
+    if n == 0:
+        return
+    stepless = True
+    for step, text, last in _last_records(path, _XYZ_COMMENT):
+        stepless = False
+        lines = text.splitlines(keepends=True)
+        # the next frame's number of atoms comes behind; on the line of an atom that was cut it would end its number
+        whole = lines[n + 1].strip().isdigit() if len(lines) > n + 1 else last and lines[-1].endswith(b"\n")
+        if whole and len(lines) > n:
+            yield step, [f"{n}\n", *(_decoded(path, line) for line in lines[: n + 1])]
+    if not stepless:
+        return
+    with path.open() as frames:
+        for line in frames:
+            block = [line, *islice(frames, int(line) + 1)] if line.strip().isdigit() else []
+            if len(block) < 2 or len(block) < int(line) + 2:
                 return
-            if len(names) != np.count_nonzero(names):
-                return
-            quantity = _check(path, _QUANTITY.search(comment), what)
-            symbols = [str(name) if name in atomic_numbers else "X" for name in names]
-            atoms = Atoms(symbols, cell=convert(h.T, "length", quantity[3], "angstrom"), pbc=True)
-            if what == "positions":
-                atoms.positions = convert(values.reshape(-1, 3), "length", quantity[2], "angstrom")
-            else:
-                atoms.new_array(what, values.reshape(-1, 3))
-            yield Frame(_step(comment), atoms), quantity[2]
+            yield None, block
 
 
 def _check(path: Path, quantity: re.Match[str] | None, what: str) -> re.Match[str]:
@@ -336,7 +388,7 @@ def file_kind(path: Path) -> str:
         return f"extras:{extras[1]}"
     if re.search(r"^# *(column|cols\.) +\d", head, re.MULTILINE):
         return "properties"
-    trajectory = re.search(r"Step:.*?(\w+)\{\w+\}\s+cell\{", head)
+    trajectory = re.search(r"Step:.*?(\w+)\{[^}]*\}\s+cell\{", head)
     return next((kind for kind, names in _NAMES.items() if trajectory and trajectory[1] in names), "")
 
 
@@ -356,19 +408,50 @@ def _lines(path: Path) -> Iterator[str]:
         raise InputError(f"{path}: cannot be read ({error}); give a file that i-PI wrote") from None
 
 
-def _numbers(line: str) -> list[float]:
+def _numbers(words: list[str]) -> list[float]:
     try:
-        return [float(word) for word in line.split()]
+        return [float(word) for word in words]
     except ValueError:
         return []
 
 
-def _step(comment: str) -> int | None:
-    match = _STEP.search(comment)
-    return int(match[1]) if match else None
+def _decoded(path: Path, text: bytes) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read ({error}); give a file that i-PI wrote") from None
 
 
-def _last_of_each(steps: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Indices that keep the last record of every step, steps ascending."""
-    _, from_the_end = np.unique(steps[::-1], return_index=True)
-    return len(steps) - 1 - from_the_end
+def _last_branch(steps: NDArray[np.int64] | Array) -> NDArray[np.bool_]:
+    """Which records [f] count: those whose step no later record reaches or goes back behind."""
+    later = np.minimum.accumulate(steps[::-1])[::-1]
+    return np.append(steps[:-1] < later[1:], np.ones(min(len(steps), 1), dtype=bool))
+
+
+def _last_records(path: Path, header: re.Pattern[bytes]) -> Iterator[tuple[int, bytes, bool]]:
+    """Step and bytes of every record that counts, from its ``header`` on, and whether the file ends there."""
+    try:
+        stat = path.stat()
+        index = _index(path.absolute(), stat.st_size, stat.st_mtime_ns, header)
+        with path.open("rb") as file:
+            for step, begin, end in index:
+                file.seek(begin)
+                yield int(step), file.read(end - begin), bool(end == stat.st_size)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error}); give a file that i-PI wrote") from None
+
+
+@lru_cache(maxsize=64)
+def _index(path: Path, size: int, _changed: int, header: re.Pattern[bytes]) -> NDArray[np.int64]:
+    """Step, begin and end (bytes) [f, 3] of the records that count, without reading their numbers."""
+    found: list[tuple[int, int]] = []
+    if size:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as content:
+            for match in header.finditer(content):
+                begin = match.start()
+                if header is _XYZ_COMMENT:
+                    begin = content.rfind(b"\n", 0, begin) + 1
+                found.append((int(match[1]), begin))
+    table = np.array(found, dtype=np.int64).reshape(-1, 2)
+    ends = np.append(table[1:, 1], size)[: len(table)]
+    return np.column_stack([table, ends])[_last_branch(table[:, 0])]

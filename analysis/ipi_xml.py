@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 
 from voltpi.potential.errors import InputError
 
-__all__ = ["fill_templates", "forcefields", "output_start", "words_of"]
+__all__ = ["fill_templates", "forcefields", "output_start", "systems_of", "words_of"]
 
 
 def words_of(text: str | None) -> list[str]:
@@ -45,10 +45,15 @@ def output_start(root: ET.Element, system: ET.Element) -> str:
     return (f"{own}_" if own else "") + (f"{prefix}." if prefix else "")
 
 
+def systems_of(root: ET.Element, names: list[str]) -> list[ET.Element]:
+    """The systems that wrote outputs of these ``names``; all of them where that says nothing."""
+    systems = root.findall("system")
+    return [s for s in systems if any(name.startswith(output_start(root, s)) for name in names)] or systems
+
+
 def forcefields(root: ET.Element, names: list[str]) -> set[str] | None:
     """Names of the forcefields of the systems that wrote outputs of these ``names``; None where that says nothing."""
-    systems = root.findall("system")
-    wrote = [s for s in systems if any(name.startswith(output_start(root, s)) for name in names)]
-    if len(systems) < 2 or not wrote or len(wrote) == len(systems):
+    wrote = systems_of(root, names)
+    if len(wrote) == len(root.findall("system")):
         return None
     return {force.get("forcefield", "").strip() for s in wrote for force in s.iterfind("forces/force")}

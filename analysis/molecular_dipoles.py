@@ -4,19 +4,19 @@
 
 with charges q, shells Δ (from their atoms; a charge −Z at the shell and q + Z at the core) and the molecule made whole.
 The origin R_m matters where Σ q_i is not zero: the centre of mass unless asked otherwise. Molecules are those of the
-first frame. Monatomic ions have the dipole of their shell.
+first frame. Monatomic ions have the dipole of their shell; kinds without any (ions without shells) are left out.
 
 Kirkwood's factor of N molecules with tin-foil boundaries (M. Neumann, Mol. Phys. 50, 841 (1983)):
 
     G_K = (⟨|Σ μ|²⟩ − |⟨Σ μ⟩|²) / (N ⟨μ²⟩),      G_K(r) = 1 + ⟨Σ_{j: r_ij < r} μ_i·μ_j⟩ / ⟨μ²⟩,
 
 the second by centres of mass within r (D. C. Rapaport, The Art of Molecular Dynamics Simulation (2004), ch. 8); in a
-field it holds the alignment with the field as well.
+field it holds the alignment with the field as well. Axes at constant displacement have other boundaries, which hold Σ μ
+back: there μ counts along the others alone, in the products and in ⟨μ²⟩.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 from scipy import constants
 
 from voltpi.analysis.charges_of import charges_of_beads
-from voltpi.analysis.ipi_files import convert, iter_extras
+from voltpi.analysis.ipi_files import convert, extras_by_step
 from voltpi.analysis.molecules import Tree, assembled, bond_tree, molecules_of
 from voltpi.analysis.runs import Run
+from voltpi.analysis.spectra_series import free_axes
 from voltpi.analysis.statistics import Mean, autocorrelation_time, mean_with_error, plus_minus
 from voltpi.analysis.trajectory import frames_of
 from voltpi.potential.errors import InputError
@@ -46,13 +47,14 @@ ORIGINS = ("mass", "geometry")
 _BINS = 60
 _FARTHEST = 12.0  # Å, of G_K(r)
 _SHELL = 0.25  # Å, its bins
+_NO_DIPOLE = 1e-6  # e·Å
 
 
 @dataclass(frozen=True)
 class Kind:
     """Molecules of one ``formula``; dipoles [f, m, 3] in e·Å of f frames (of all beads) and m molecules.
 
-    charge : mean, e · radii, kirkwood [k]: Å and G_K(r), empty for a single molecule
+    charge : mean, e · radii, kirkwood [k]: Å and G_K(r), empty for a single molecule · axes: [3], those that G_K is of
     """
 
     formula: str
@@ -61,6 +63,12 @@ class Kind:
     dipoles: Array
     radii: Array
     kirkwood: Array
+    axes: NDArray[np.bool_]
+
+    @property
+    def correlated(self) -> bool:
+        """Whether there is a G_K."""
+        return self.dipoles.shape[1] > 1 and bool(self.axes.any())
 
     @property
     def sizes(self) -> Array:
@@ -82,11 +90,11 @@ class Kind:
 
     def factor(self) -> Mean:
         """G_K of the whole cell; correlated at least as long as Σ μ is, which turns slowest."""
-        total = self.dipoles.sum(axis=1)
+        own = self.dipoles[:, :, self.axes]
+        total = own.sum(axis=1)
         fluctuation = ((total - total.mean(axis=0)) ** 2).sum(axis=1)
-        scale = self.dipoles.shape[1] * float((self.dipoles**2).sum(axis=2).mean())
-        mean = mean_with_error(fluctuation / scale if scale > 0.0 else fluctuation)
-        tau = max(mean.tau, *(autocorrelation_time(total[:, k]) for k in range(3)))
+        mean = mean_with_error(fluctuation / (own.shape[1] * float((own**2).sum(axis=2).mean())))
+        tau = max(mean.tau, *(autocorrelation_time(total[:, k]) for k in range(own.shape[2])))
         return Mean(mean.value, mean.error * float(np.sqrt(tau / mean.tau)), tau, mean.n)
 
 
@@ -96,7 +104,8 @@ class MolecularDipoles:
 
     direction : [3] of field (or displacement), None without · with_shells: whether the shells' share is in ·
     source : of the charges · missing: rms difference of Σ μ and the driver's dipole (e·Å, modulo e times lattice
-    vectors), None where that was not written or molecules are charged
+    vectors), None where that was not written or molecules are charged · left_out: formulae of what has no dipole ·
+    cautions: what to know of G_K
     """
 
     run: Run
@@ -107,6 +116,8 @@ class MolecularDipoles:
     with_shells: bool
     source: str
     missing: float | None
+    left_out: tuple[str, ...]
+    cautions: tuple[str, ...]
 
     def histogram(self, kind: Kind) -> tuple[Array, Array]:
         """Centres (D) and density (1/D) of |μ|."""
@@ -156,7 +167,7 @@ class MolecularDipoles:
                 "mean_vector_D": [m.value for m in vector],
                 "mean_vector_error_D": [m.error for m in vector],
             }
-            if kind.dipoles.shape[1] > 1:
+            if kind.correlated:
                 factor = kind.factor()
                 entry |= {"kirkwood_factor": factor.value, "kirkwood_factor_error": factor.error}
             if self.direction is not None:
@@ -180,6 +191,8 @@ class MolecularDipoles:
             "direction": None if self.direction is None else self.direction.tolist(),
             "sum_less_driver_dipole_eA": self.missing,
             "kinds": kinds,
+            "without_dipole": list(self.left_out),
+            "cautions": list(self.cautions),
         }
 
     def _alignment(self, kind: Kind) -> tuple[Mean, Mean, Mean]:
@@ -209,9 +222,12 @@ class MolecularDipoles:
                     f"{plus_minus(cosine.value, cosine.error, '.3f')}, ⟨P2⟩ "
                     f"{plus_minus(order.value, order.error, '.3f')}{cosine.caution}"
                 )
-            if count > 1:
+            if kind.correlated:
                 factor = kind.factor()
                 lines.append(f"  Kirkwood factor {plus_minus(factor.value, factor.error, '.2f')}{factor.caution}")
+        if self.left_out:
+            lines.append(f"left out, as they have no dipole: {', '.join(self.left_out)}")
+        lines += [f"caution: {caution}" for caution in self.cautions]
         if self.missing is not None and self.missing > 1e-3:
             lines.append(
                 f"note: Σ μ differs from the dipole that the field acts on by {self.missing:.3g} e·Å (rms): it has "
@@ -231,7 +247,7 @@ def molecular_dipoles(
     """Dipoles of the molecules of a run, from positions, charges and (where they were written) shells.
 
     ``charges``: a file, for runs of another program. ``shell_charge`` [n] or one number (e): Z. Raises InputError where
-    positions and charges lack or have no step in common.
+    positions and charges lack or have no step in common, or nothing has a dipole.
     """
     if origin not in ORIGINS:
         raise InputError(f"origin is {origin}: give one of {', '.join(ORIGINS)}")
@@ -242,13 +258,18 @@ def molecular_dipoles(
             "print both for the same beads"
         )
     known = charges_of_beads(run, charges)
-    records = [_Records(path) for path in shells]
-    sent = [_Records(path) for path in run.extras.get("dipole", ())] if len(run.positions) == 1 else []
+    records = [extras_by_step(path) for path in shells]
+    sent = [extras_by_step(path) for path in run.extras.get("dipole", ())] if len(run.positions) == 1 else []
+    axes, cautions = np.zeros(3, dtype=bool), tuple[str, ...]()
+    try:
+        axes, cautions = free_axes(run.applied, str(run.folder), "Kirkwood's factor")
+    except InputError as error:  # sizes and angles are known all the same
+        cautions = (f"left out: {error}",)
     whole: _Molecules | None = None
     frames, missing = [], []
     for step, beads in frames_of(run, skip):
         for k, atoms in enumerate(beads):
-            whole = whole or _Molecules(atoms, origin)
+            whole = whole or _Molecules(atoms, origin, axes)
             q = known[k].at(step, len(atoms))
             delta = records[k].at(step) if records else None
             if q is None or (records and delta is None):
@@ -261,15 +282,26 @@ def molecular_dipoles(
         raise InputError(f"{run.folder}: charges and positions have no step in common; print both with one stride")
     control = np.nan_to_num(run.applied.control)
     strength = float(np.linalg.norm(control))
+    everything = whole.kinds(np.array(frames))
+    kinds = tuple(kind for kind in everything if np.abs(kind.dipoles).max() > _NO_DIPOLE)
+    if not kinds:
+        raise InputError(
+            f"{run.folder}: nothing has a dipole ({', '.join(kind.formula for kind in everything)}); this is for "
+            "molecules, or for ions with shells that the run wrote"
+        )
     return MolecularDipoles(
         run=run,
-        kinds=whole.kinds(np.array(frames)),
+        kinds=kinds,
         frames=len(frames) // len(run.positions),
         direction=control / strength if strength > 0.0 else None,
         origin=origin,
         with_shells=bool(shells),
         source=known[0].source,
         missing=float(np.sqrt(np.mean(np.square(missing)))) if missing else None,
+        left_out=tuple(
+            f"{kind.dipoles.shape[1]} {kind.formula}" for kind in everything if not any(kind is k for k in kinds)
+        ),
+        cautions=cautions,
     )
 
 
@@ -280,23 +312,11 @@ def _less(total: Array, sent: Array, atoms: Atoms) -> float:
     return float(np.linalg.norm(away - np.rint(away @ np.linalg.inv(cell)) * np.asarray(atoms.pbc) @ cell))
 
 
-class _Records:
-    """Records of extras by step, asked in ascending order; one is kept in memory."""
-
-    def __init__(self, path: Path) -> None:
-        self._rest: Iterator[tuple[int, Array]] = iter_extras(path)
-        self._next = next(self._rest, None)
-
-    def at(self, step: int) -> Array | None:
-        while self._next is not None and self._next[0] < step:
-            self._next = next(self._rest, None)
-        return self._next[1] if self._next is not None and self._next[0] == step else None
-
-
 class _Molecules:
     """The molecules of the first frame, and sums over pairs of them."""
 
-    def __init__(self, atoms: Atoms, origin: str) -> None:
+    def __init__(self, atoms: Atoms, origin: str, axes: NDArray[np.bool_]) -> None:
+        self.axes = axes
         self.labels: Ints = molecules_of(atoms)
         self.count = int(self.labels.max()) + 1
         self.tree: Tree = bond_tree(atoms)
@@ -330,7 +350,7 @@ class _Molecules:
         self._charge_sum += self.charges
         self._frames += 1
         dipoles = self.sums(moments)
-        self._correlate(atoms, self.sums(self.mass_weights[:, None] * r), dipoles)
+        self._correlate(atoms, self.sums(self.mass_weights[:, None] * r), dipoles[:, self.axes])
         return dipoles
 
     def _correlate(self, atoms: Atoms, centres: Array, dipoles: Array) -> None:
@@ -348,7 +368,7 @@ class _Molecules:
         out = []
         for formula, members in self.members.items():
             own = dipoles[:, members]
-            square = float((own**2).sum(axis=2).mean())
+            square = float((own[:, :, self.axes] ** 2).sum(axis=2).mean())
             pairs = self._pairs[formula] / self._frames
             many = len(members) > 1 and len(pairs) > 0 and square > 0.0
             out.append(
@@ -359,6 +379,7 @@ class _Molecules:
                     own,
                     np.asarray(_SHELL * (np.arange(len(pairs)) + 1.0)) if many else np.zeros(0),
                     np.asarray(1.0 + np.cumsum(pairs) / square) if many else np.zeros(0),
+                    self.axes,
                 )
             )
         return tuple(sorted(out, key=lambda kind: -kind.dipoles.shape[1]))

@@ -16,7 +16,6 @@ and forces. A classical atom has (3/2) k_B T and r_g = 0.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +24,11 @@ from ase.data import atomic_masses, atomic_numbers
 from numpy.typing import NDArray
 from scipy import constants
 
-from voltpi.analysis.ipi_files import read_forces, read_trajectory, read_vectors
+from voltpi.analysis.ipi_files import ByStep, read_forces, read_trajectory, read_vectors
 from voltpi.analysis.run_inputs import ensemble_temperature, given_to_drivers
 from voltpi.analysis.runs import Run
 from voltpi.analysis.statistics import Mean, mean_with_error, plus_minus
+from voltpi.analysis.trajectory import frames_of, together
 from voltpi.potential.errors import InputError
 
 __all__ = ["Quantum", "Series", "Species", "quantum_of"]
@@ -149,7 +149,7 @@ def quantum_of(run: Run, *, temperature: float | None = None, skip: float = 0.0)
     gyration = {e: _series(run, "r_gyration", "length", "angstrom", e, symbols, skip) for e in elements}
     components = {e: _components(run, e, symbols.count(e), skip) for e in elements}
     if not all(kinetic.values()) or not all(gyration.values()):
-        made = _from_beads(run, temperature, symbols, skip)
+        made = _from_beads(run, temperature, symbols, skip, not all(kinetic.values()))
         kinetic = {e: kinetic[e] or made.get(("kinetic", e)) for e in elements}
         gyration = {e: gyration[e] or made.get(("gyration", e)) for e in elements}
     if not any(kinetic.values()) and not any(gyration.values()):
@@ -220,40 +220,41 @@ def _components(run: Run, element: str, n_atoms: int, skip: float) -> Array | No
     return values[times >= times[0] + skip, :3] / n_atoms
 
 
-def _from_beads(run: Run, temperature: float, symbols: list[str], skip: float) -> dict[tuple[str, str], Series]:
-    """Both quantities from the positions of the beads, and their forces where there are any."""
+def _from_beads(
+    run: Run, temperature: float, symbols: list[str], skip: float, with_kinetic: bool
+) -> dict[tuple[str, str], Series]:
+    """Both quantities from the positions of the beads, and their forces at the same steps where there are any.
+
+    Raises InputError where steps of the beads differ, or positions and forces have none in common.
+    """
     if len(run.positions) < 2:
         return {}
-    forces = run.forces if len(run.forces) == len(run.positions) else ()
-    steps: list[int] = []
-    gyration: list[Array] = []
-    kinetic: list[Array] = []
-    late_enough = run.after(skip)
-    with ExitStack() as open_files:
-        readers = [read_trajectory(path) for path in run.positions]
-        force_readers = [read_forces(path) for path in forces]
-        for reader in (*readers, *force_readers):
-            open_files.callback(reader.close)  # type: ignore[attr-defined]
-        for frames in zip(*readers, strict=False):
-            of_step = [next(reader, None) for reader in force_readers]
-            step = frames[0].step
-            if step is None or not late_enough(step) or any(f is None for f in of_step):
-                continue
-            q = np.array([frame.atoms.positions for frame in frames])
-            inner = q - q.mean(0)
-            gyration.append(np.sqrt(np.square(inner).sum(2).mean(0)))
-            if of_step:
-                f = np.array([one.values for one in of_step if one is not None])
-                kinetic.append(1.5 * K_B * temperature - 0.5 * (inner * f).sum(2).mean(0))
-            steps.append(step)
-    if not steps:
-        return {}
-    times = run.times(steps)
+    use_forces = with_kinetic and len(run.forces) == len(run.positions)
+    forces = ByStep(lambda: together(run.forces, read_forces))
+    steps: dict[str, list[int]] = {"gyration": [], "kinetic": []}
+    rows: dict[str, list[Array]] = {"gyration": [], "kinetic": []}
+    for step, frames in frames_of(run, skip):
+        q = np.array([atoms.positions for atoms in frames])
+        inner = q - q.mean(0)
+        rows["gyration"].append(np.sqrt(np.square(inner).sum(2).mean(0)))
+        steps["gyration"].append(step)
+        of_step = forces.at(step) if use_forces else None
+        if of_step is not None:
+            f = np.array([bead.values for bead in of_step])
+            rows["kinetic"].append(1.5 * K_B * temperature - 0.5 * (inner * f).sum(2).mean(0))
+            steps["kinetic"].append(step)
+    if use_forces and not steps["kinetic"]:
+        raise InputError(
+            f"{run.forces[0]}: has no step in common with {run.positions[0].name}; print positions and forces with "
+            "strides of which one divides the other"
+        )
     made = {}
-    for element in dict.fromkeys(symbols):
-        own = np.array([s == element for s in symbols])
-        made["gyration", element] = Series(times, np.array(gyration)[:, own].mean(1), "positions of the beads")
-        if kinetic:
-            source = "positions and forces of the beads"
-            made["kinetic", element] = Series(times, np.array(kinetic)[:, own].mean(1), source)
+    sources = {"gyration": "positions of the beads", "kinetic": "positions and forces of the beads"}
+    for name, source in sources.items():
+        if not steps[name]:
+            continue
+        times, values = run.times(steps[name]), np.array(rows[name])
+        for element in dict.fromkeys(symbols):
+            own = np.array([s == element for s in symbols])
+            made[name, element] = Series(times, values[:, own].mean(1), source)
     return made

@@ -13,7 +13,7 @@ from typing import Any
 from ipi.utils.io.inputs.io_xml import read_dict
 from ipi.utils.units import unit_to_internal, unit_to_user
 
-from voltpi.analysis.ipi_xml import fill_templates, forcefields
+from voltpi.analysis.ipi_xml import fill_templates, forcefields, systems_of
 from voltpi.potential.errors import InputError
 
 __all__ = ["Given", "ensemble_temperature", "given_to_drivers", "simulations"]
@@ -23,13 +23,14 @@ __all__ = ["Given", "ensemble_temperature", "given_to_drivers", "simulations"]
 class Given:
     """What one driver got: ``settings`` with ``overrides`` (dotted keys), the start structure ``template`` if known.
 
-    ``source`` names the place for messages.
+    ``source`` names the place for messages; paths in ``overrides`` are relative to ``folder``, that of the run.
     """
 
     source: str
     settings: Path
     template: Path | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
 
 def given_to_drivers(folder: Path, outputs: Iterable[Path]) -> list[Given]:
@@ -67,7 +68,8 @@ def _start_structure(folder: Path, names: list[str]) -> Path | None:
     files = [
         folder / (element.text or "").strip()
         for _, root in simulations(folder, names)
-        for element in root.iterfind("system/initialize/file")
+        for system in systems_of(root, names)
+        for element in system.iterfind("initialize/file")
     ]
     return next((path for path in [*files, folder / "start.xyz"] if path.is_file()), None)
 
@@ -88,7 +90,8 @@ def _recorded(folder: Path, names: list[str]) -> Iterator[Given]:
         try:
             record = json.loads(path.read_text())
             settings = [folder / name for name in record["settings"].values()]
-            template = folder / record["template"] if record.get("template") else None
+            starts = record.get("templates") or dict.fromkeys(record["settings"], record.get("template"))
+            templates = {name: folder / start for name, start in starts.items() if start}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path}: cannot be read ({type(error).__name__}: {error}); remove it and give --field X Y Z in V/Å"
@@ -102,7 +105,7 @@ def _recorded(folder: Path, names: list[str]) -> Iterator[Given]:
             if own is None or name in own:
                 parameters = known.get(name, {})
                 source = f"{file} (<parameters> of <ffsocket name='{name}'>)" if parameters else str(file)
-                yield Given(source, file, template, parameters)
+                yield Given(source, file, templates.get(name), parameters, folder)
 
 
 def _forcefields(folder: Path, names: list[str]) -> set[str] | None:
@@ -142,7 +145,7 @@ def _direct(folder: Path, names: list[str]) -> Iterator[Given]:
                 raise InputError(
                     f"{source}: names the settings {settings}, which are not there; give --field X Y Z in V/Å"
                 )
-            yield Given(source, settings, None if template is None else folder / str(template), parameters)
+            yield Given(source, settings, None if template is None else folder / str(template), parameters, folder)
 
 
 def simulations(folder: Path, names: list[str]) -> Iterator[tuple[Path, ET.Element]]:

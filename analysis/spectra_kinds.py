@@ -8,7 +8,9 @@ Chem. Phys. Lett. 277, 478 (1997); Q(ω) is the quantum correction, and with the
 
 n the refractive index, α the Napierian absorption coefficient (I = I_0 e^{−αx}). ∫ n α dν̃ over a band is, times the
 molar volume, its integrated intensity N_A |∂M/∂Q|² / (12 ε_0 c²) (42.256 km/mol for 1 D²/(Å² amu)). Over all
-wavenumbers it is Σ_i |Z*_i|²/(12 ε_0 c² V m_i): a sum rule.
+wavenumbers it is Σ_i |Z*_i|²/(12 ε_0 c² V m_i): a sum rule. The formula is that of a constant macroscopic field
+(tin-foil boundaries). At constant displacement M fluctuates with the longitudinal (LO) modes, so that axes where D is
+held, or the field changes with time, are left out of the mean over axes.
 
 Raman (D. A. Long, The Raman Effect (2002), ch. 5), polarizability α = ᾱ 1 + b with trace-free b, Placzek:
 
@@ -48,6 +50,7 @@ from voltpi.analysis.spectra import (
 )
 from voltpi.analysis.spectra_series import (
     atom_velocities,
+    common_axes,
     dipole_series,
     masses_of,
     polarizability_series,
@@ -128,9 +131,13 @@ def infrared(
     resolution: float | None = None,
     top: float = 4500.0,
 ) -> Spectrum:
-    """n(ν̃) α(ν̃) in cm⁻¹, and along x, y, z, from one run or several. Raises InputError."""
+    """n(ν̃) α(ν̃) in cm⁻¹, and along x, y, z, from one run or several; without axes that are at constant displacement.
+
+    Raises InputError.
+    """
     correction(quantum, np.zeros(1), 300.0)
     runs = spectral_runs(paths)
+    free, cautions = common_axes(runs, "the infrared spectrum")
     found = [
         dipole_series(run, source, skip=skip, temperature=temperature_of(run, skip, temperature), charges=charges)
         for run in runs
@@ -140,12 +147,13 @@ def infrared(
         raise InputError(f"cells of {min(volumes):.0f} and {max(volumes):.0f} Å³: analyse these runs one by one")
     series, molecules = [one for one, _, _, _ in found], found[0][2]
     plan = make_plan(series, window, resolution, top)
-    a = activity(series, np.vstack([np.ones((1, 3)), np.eye(3)]), plan)
+    weights = np.vstack([3.0 * free / free.sum(), np.eye(3)[free]])
+    a = activity(series, weights, plan)
     volume = float(np.mean(volumes))
     # ∫ α dν̃ with α and ν̃ in cm⁻¹ is 1e-4 of that in m⁻¹
-    factor = ABSORPTION / (volume * 1e-30) * 1e-4 * np.array([1.0, 3.0, 3.0, 3.0])[:, None]
+    factor = ABSORPTION / (volume * 1e-30) * 1e-4 * np.array([1.0, *[3.0] * int(free.sum())])[:, None]
     factor = factor * correction(quantum, plan.grid, a.temperature)
-    names = ["absorption_cm-1", *(f"absorption_{c}_cm-1" for c in "xyz")]
+    names = ["absorption_cm-1", *(f"absorption_{c}_cm-1" for c, kept in zip("xyz", free, strict=True) if kept)]
     columns = dict(zip(names, factor * a.values, strict=True))
     molar = constants.N_A * volume * 1e-30 * 10.0  # km/mol for 1 cm⁻²
     peaks = find_lines(plan.grid, columns[names[0]], a.time_step)
@@ -153,6 +161,7 @@ def infrared(
     total = float(a.total[0])
     extra = {
         "volume_A3": volume,
+        "axes": [c for c, kept in zip("xyz", free, strict=True) if kept],
         "n_molecules": molecules,
         "integral_cm-2": integral,
         "integral_km_per_mol_of_molecules": integral * molar / molecules,
@@ -165,7 +174,7 @@ def infrared(
         f"of {extra['sum_rule_km_per_mol_of_molecules']:.1f} in all (classical)",
     )
     return Spectrum(
-        _with_cautions(a, runs),
+        _with_cautions(a, runs, cautions),
         "infrared absorption",
         "absorption n·α (cm⁻¹)",
         plan.grid,
@@ -308,6 +317,6 @@ def density_of_states(
     )
 
 
-def _with_cautions(a: Activity, runs: Sequence[Run]) -> Activity:
-    more = [line for run in runs for line in sampling_cautions(run, 1.0 / (2.0 * LIGHT * a.spacing))]
+def _with_cautions(a: Activity, runs: Sequence[Run], others: Sequence[str] = ()) -> Activity:
+    more = [*others, *(line for run in runs for line in sampling_cautions(run, 1.0 / (2.0 * LIGHT * a.spacing)))]
     return dataclasses.replace(a, cautions=(*a.cautions, *more))

@@ -13,10 +13,11 @@ from ase.data import atomic_masses
 from numpy.typing import NDArray
 
 from voltpi.analysis.charges_of import charges_of_beads
+from voltpi.analysis.fields import Applied, applied_of
 from voltpi.analysis.ipi_files import convert, iter_extras, read_extras, read_trajectory, read_velocities
 from voltpi.analysis.molecules import molecules_of
 from voltpi.analysis.polarization import Follower, polarization_of
-from voltpi.analysis.run_inputs import ensemble_temperature
+from voltpi.analysis.run_inputs import ensemble_temperature, given_to_drivers
 from voltpi.analysis.runs import Run, find_runs
 from voltpi.analysis.spectra import LIGHT, Series
 from voltpi.potential.errors import InputError
@@ -24,7 +25,9 @@ from voltpi.potential.errors import InputError
 __all__ = [
     "SOURCES",
     "atom_velocities",
+    "common_axes",
     "dipole_series",
+    "free_axes",
     "masses_of",
     "polarizability_series",
     "sampling_cautions",
@@ -40,8 +43,49 @@ _FASTEST_HYDROGEN = 4200.0  # cm⁻¹, above every X–H stretch
 
 
 def spectral_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs among ``paths``; in which field they were done does not matter here."""
+    """The runs among ``paths``; which field they were done in is asked by ``common_axes`` alone."""
     return find_runs(list(paths), [0.0, 0.0, 0.0])
+
+
+def free_axes(applied: Applied, where: str, what: str) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
+    """Cartesian axes [3] at a constant field, and a caution where these are not all.
+
+    Along them M fluctuates as in tin-foil boundaries; at constant D the field that M makes pulls it back. Raises
+    InputError where there is none; ``what``: the quantity that then has no formula.
+    """
+    free = ~(applied.held | applied.changing)
+    if free.all():
+        return free, ()
+    if not free.any():
+        raise InputError(
+            f"{where}: {applied}: {what} takes an axis at constant field, and there is none; run with a constant field "
+            "along one or more (displacement: null there)"
+        )
+    axes = ", ".join(axis for axis, kept in zip("xyz", free, strict=True) if kept)
+    caution = (
+        f"{where}: {applied}: {what} is that along {axes} alone, at constant field there; in an isotropic material it "
+        "holds for all axes"
+    )
+    return free, (caution,)
+
+
+def common_axes(runs: Sequence[Run], what: str) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
+    """``free_axes`` of all runs together, from what their folders say. Raises InputError as it does."""
+    common, cautions = np.ones(3, dtype=bool), list[str]()
+    for run in runs:
+        try:
+            known = given_to_drivers(run.folder, run.outputs)
+            applied = applied_of(run.folder, run.outputs) if known else Applied()
+        except InputError as error:
+            reason = str(error).split("; ")[0]
+            cautions.append(f"whether an axis was at constant displacement is not known ({reason}): taken as none")
+            continue
+        free, more = free_axes(applied, str(run.folder), what)
+        common &= free
+        cautions += more
+    if not common.any():
+        raise InputError(f"{what}: these runs share no axis at constant field; analyse them one by one")
+    return common, tuple(cautions)
 
 
 def temperature_of(run: Run, skip: float, given: float | None) -> float:

@@ -10,9 +10,10 @@ wrapped them or not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 from ase import Atoms
@@ -23,9 +24,17 @@ from voltpi.analysis.run_inputs import given_to_drivers
 from voltpi.analysis.runs import Run, find_run
 from voltpi.potential.errors import InputError
 
-__all__ = ["Unwrapped", "frames_of", "one_run", "unwrapped"]
+__all__ = ["Unwrapped", "frames_of", "one_run", "together", "unwrapped"]
 
 Array = NDArray[np.float64]
+
+
+class _Stepped(Protocol):
+    @property
+    def step(self) -> int | None: ...
+
+
+F = TypeVar("F", bound=_Stepped)
 
 
 def one_run(paths: Sequence[Path], what: str, field: ArrayLike | None = None) -> Run:
@@ -44,6 +53,18 @@ def one_run(paths: Sequence[Path], what: str, field: ArrayLike | None = None) ->
     return find_run(where, field)
 
 
+def together(paths: Sequence[Path], read: Callable[[Path], Iterator[F]]) -> Iterator[tuple[int, tuple[F, ...]]]:
+    """Step and the beads' frames, one file a bead. Raises InputError where their steps differ or lack."""
+    for beads in zip(*(read(path) for path in paths), strict=False):
+        step = beads[0].step
+        if step is None or any(bead.step != step for bead in beads):
+            raise InputError(
+                f"{paths[0]}: its frames do not say the same steps as those of the other beads, or none; give "
+                "trajectories as i-PI wrote them"
+            )
+        yield step, beads
+
+
 def frames_of(run: Run, skip: float = 0.0) -> Iterator[tuple[int, list[Atoms]]]:
     """Step and the beads' structures of every frame later than the first ``skip`` fs.
 
@@ -53,13 +74,7 @@ def frames_of(run: Run, skip: float = 0.0) -> Iterator[tuple[int, list[Atoms]]]:
         raise InputError(f"{run.folder}: no trajectory of positions; add <trajectory> positions </trajectory>")
     late = run.after(skip)
     found = False
-    for beads in zip(*(read_trajectory(path) for path in run.positions), strict=False):
-        step = beads[0].step
-        if step is None or any(bead.step != step for bead in beads):
-            raise InputError(
-                f"{run.positions[0]}: its frames do not say the same steps as those of the other beads, or none; give "
-                "trajectories as i-PI wrote them"
-            )
+    for step, beads in together(run.positions, read_trajectory):
         if late(step):
             found = True
             yield step, [bead.atoms for bead in beads]

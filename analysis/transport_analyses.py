@@ -150,7 +150,9 @@ TRANSPORT = (
             SKIP,
             CHARGES,
             TEMPERATURE,
-            Option("fit", "between which times, ps (default: 1/100 and 1/20 of the run)", count=2),
+            Option(
+                "fit", "between which times, ps (default: 1/100 and 1/20 of the run, 0.2 and 0.4 at the least)", count=2
+            ),
             Option("by", "what moves", kind=str, default="auto", choices=("auto", "element", "molecule")),
             _HOP,
             FIELD,

@@ -16,13 +16,15 @@ from ase import Atoms
 from voltpi.driver.driven import advice as driven_advice
 from voltpi.driver.driven import refusals as driven_refusals
 from voltpi.driver.driven import sum_rule
+from voltpi.driver.schedule import extreme_times, settings_at
 from voltpi.driver.schedule import refusals as schedule_refusals
-from voltpi.driver.schedule import settings_at
 from voltpi.driver.settings import Settings, load_settings
 from voltpi.potential.errors import InputError, VoltPIError
 
 if TYPE_CHECKING:
+    from voltpi.driver.evaluator import Evaluator
     from voltpi.driver.ipi_input import DirectForceField, RunInput, SocketForceField
+    from voltpi.driver.launch import RunRecord
     from voltpi.driver.potentiostat import Potentiostat
     from voltpi.potential.response import Response
     from voltpi.potential.systems import Systems
@@ -118,10 +120,12 @@ def _evaluates(settings: Settings, atoms: Atoms, name: str, plan: RunInput | Non
     from voltpi.driver.potentiostat import Potentiostat, settings_of, without_ghost
 
     fields = {"field"} if settings.in_field else set()
+    later = {time: settings_at(settings, time) for time in extreme_times(settings)}
     settings = settings_at(settings)
     try:
         if settings.potentiostat is not None:
             yield from _ghost(Potentiostat(settings, atoms), settings, atoms, name, plan)
+            later = {time: settings_of(then, atoms) for time, then in later.items()}
             atoms, settings = without_ghost(atoms, settings), settings_of(settings, atoms)
         evaluator = Evaluator.from_settings(settings, atoms)
         response = evaluator.evaluate_systems(np.asarray(atoms.cell)[None], atoms.get_positions()[None])
@@ -146,6 +150,8 @@ def _evaluates(settings: Settings, atoms: Atoms, name: str, plan: RunInput | Non
             True,
             f"{name}: {len(atoms)} atoms, energy {energy:.6f} eV, largest force {largest:.2f} eV/Å, all terms finite",
         )
+    for time, then in later.items():
+        yield _evaluates_at(time, then, evaluator, atoms, name)
     if settings.displacement is not None:
         yield from _displaced(evaluator.prepared, settings, response, name)
     if response.electrodes:
@@ -158,6 +164,21 @@ def _evaluates(settings: Settings, atoms: Atoms, name: str, plan: RunInput | Non
     if plan is not None and len(plan.sockets) + len(plan.direct) == 1:
         given = {*evaluator.extras_of(response, 1)[0], "raw"} | _EXTRAS_OF_A_RUN | fields
         yield from _extras(sorted(plan.extras - given), settings, name)
+
+
+def _evaluates_at(time: float, settings: Settings, start: Evaluator, atoms: Atoms, name: str) -> Finding:
+    """Whether the potential of ``start`` answers for the structure with what acts at ``time`` (ps) too."""
+    from voltpi.driver.evaluator import Evaluator
+
+    at = f"{name}: at {time:g} ps, when what changes is largest"
+    try:
+        evaluator = Evaluator(start.potential, atoms, settings)
+        response = evaluator.evaluate_systems(np.asarray(atoms.cell)[None], atoms.get_positions()[None])
+    except VoltPIError as error:
+        return Finding(False, f"{at}: {error}")
+    if not bool(response.energy.isfinite().all()) or not bool(response.forces.isfinite().all()):
+        return Finding(False, f"{at}, energy or forces are not finite numbers; change the schedule")
+    return Finding(True, f"{at}, energy {float(response.energy[0]):.6f} eV, all terms finite")
 
 
 def _displaced(systems: Systems, settings: Settings, response: Response, name: str) -> Iterator[Finding]:
@@ -271,8 +292,11 @@ def _check_input(path: Path, template: str | Path | None) -> Iterator[Finding]:
         yield Finding(False, f"{path}: i-PI does not accept it ({sentence}); see i-PI's reference for that tag")
     else:
         yield Finding(True, f"{path}: well-formed, and i-PI knows its tags")
+    from voltpi.driver.launch import RunRecord
+
     try:
-        atoms = _start_of(plan, template)
+        record = RunRecord.of(plan, template)
+        atoms = _first_start(plan, record, template)
     except InputError as error:
         yield Finding(False, str(error))
         return
@@ -286,7 +310,7 @@ def _check_input(path: Path, template: str | Path | None) -> Iterator[Finding]:
                 f"{plan.path.name}: <fixatoms> or <fixatoms_dof> names atom {beyond[-1]} but the start structure has "
                 f"atoms 0 to {len(atoms) - 1}; list those of this structure",
             )
-    yield from _forcefields(plan, atoms)
+    yield from _forcefields(plan, record)
 
 
 def _ipi_refusal(path: Path) -> str:
@@ -302,11 +326,10 @@ def _ipi_refusal(path: Path) -> str:
     return ""
 
 
-def _start_of(plan: RunInput, template: str | Path | None) -> Atoms | None:
-    from voltpi.driver.launch import RunRecord
+def _first_start(plan: RunInput, record: RunRecord, template: str | Path | None) -> Atoms | None:
     from voltpi.driver.structures import read_structures
 
-    start = template if template is not None else RunRecord.of(plan).template
+    start = template if template is not None else plan.template or next(iter(record.templates.values()), None)
     return None if start is None else read_structures(start)[0]
 
 
@@ -328,14 +351,17 @@ def _timestep(plan: RunInput, atoms: Atoms) -> Iterator[Finding]:
         )
 
 
-def _forcefields(plan: RunInput, atoms: Atoms | None) -> Iterator[Finding]:
+def _forcefields(plan: RunInput, record: RunRecord) -> Iterator[Finding]:
     """Every forcefield that is ours: settings valid, start structure known, finite numbers."""
-    from voltpi.driver.launch import RunRecord, settings_for
+    from voltpi.driver.launch import settings_for
+    from voltpi.driver.structures import read_structures
 
     for ff in plan.sockets:
         try:
-            file = settings_for(plan, ff, None, RunRecord.of(plan))
-            settings = load_settings(file, ff.overrides, origin="<parameters>")
+            file = settings_for(plan, ff, None, record)
+            settings = load_settings(file, ff.overrides, origin="<parameters>", folder=plan.folder)
+            start = record.templates.get(ff.name)
+            atoms = None if start is None else read_structures(start)[0]
         except InputError as error:
             yield Finding(False, str(error))
             continue
@@ -355,13 +381,6 @@ def _forcefields(plan: RunInput, atoms: Atoms | None) -> Iterator[Finding]:
         except InputError as error:
             yield Finding(False, f"{name}: {error}")
             continue
-        if atoms is not None and not np.array_equal(own.numbers, atoms.numbers):
-            yield Finding(
-                False,
-                f"{name}: its template has {len(own)} atoms ({own.symbols}) but <initialize> starts from {len(atoms)} "
-                f"({atoms.symbols}); give both the same file",
-            )
-            continue
         yield from _evaluates_in_a_run(plan, direct, settings, own, name)
 
 
@@ -370,8 +389,21 @@ def _parts_of(plan: RunInput, direct: DirectForceField) -> tuple[Settings, Atoms
     from voltpi.driver.structures import read_structures
 
     file = plan.folder / str(direct.parameters["settings"])
-    settings = load_settings(file, direct.overrides, origin="<parameters>")
+    settings = load_settings(file, direct.overrides, origin="<parameters>", folder=plan.folder)
     return settings, read_structures(plan.folder / str(direct.parameters["template"]))[0]
+
+
+def _unlike_start(plan: RunInput, direct: DirectForceField, own: Atoms) -> str:
+    """What is wrong where an ``<ffdirect>`` of ours has other atoms than its systems start from, or an empty string."""
+    from voltpi.driver.structures import read_structures
+
+    start = plan.template_of(direct.name)
+    if start is None or np.array_equal(own.numbers, (atoms := read_structures(start)[0]).numbers):
+        return ""
+    return (
+        f"its template has {len(own)} atoms ({own.symbols}) but <initialize> starts from {len(atoms)} "
+        f"({atoms.symbols}); give both the same file"
+    )
 
 
 def _evaluates_in_a_run(
@@ -394,8 +426,11 @@ def _against(
     plan: RunInput, ff: SocketForceField | DirectForceField, settings: Settings, atoms: Atoms
 ) -> Iterator[str]:
     """What i-PI would do with this structure that its boundary, field or electrodes do not allow."""
+    from voltpi.driver.ipi_input import DirectForceField
     from voltpi.driver.structures import periodic_directions, refuse_ipis_cell
 
+    if isinstance(ff, DirectForceField) and (unlike := _unlike_start(plan, ff, atoms)):
+        yield unlike
     yield from driven_refusals(plan, ff, settings)
     yield from schedule_refusals(plan, ff, settings)
     if settings.potentiostat is not None:
@@ -448,9 +483,10 @@ def refuse_starts(plan: RunInput, settings: Mapping[str, Path]) -> None:
     from voltpi.driver.structures import read_structures
 
     def of_socket(ff: SocketForceField) -> tuple[Settings, Atoms]:
-        assert plan.template is not None
-        own = load_settings(settings[ff.name], ff.overrides, origin="<parameters>")
-        return own, read_structures(plan.template)[0]
+        start = plan.template_of(ff.name)
+        assert start is not None
+        own = load_settings(settings[ff.name], ff.overrides, origin="<parameters>", folder=plan.folder)
+        return own, read_structures(start)[0]
 
     readers: list[tuple[SocketForceField | DirectForceField, str, Callable[[], tuple[Settings, Atoms]]]] = []
     if not plan.is_checkpoint:

@@ -221,13 +221,10 @@ def serve(
 
     Returns 0 after i-PI's EXIT; 1 when nobody listens, i-PI goes away, an evaluation fails or is not finite, or after
     Ctrl-C.
-    Raises InputError for an address that cannot be, and for reconnects where the evaluator counts structures.
+    Raises InputError for an address that cannot be, and for reconnects where the evaluator counts structures, be it the
+    one that ``<parameters>`` describe.
     """
-    if reconnects and _counts(evaluator):
-        raise InputError(
-            "with potentials that change with time, or a charge that beads share, a driver that connects again would "
-            "have lost count; leave --reconnects at 0 and continue from RESTART"
-        )
+    _refuse_reconnects(evaluator, reconnects)
     if use_shared_memory and not isinstance(address, UnixAddress):
         raise InputError("shared memory needs a unix socket on the same machine: give --unix NAME with --shm")
     log = _Log(report)
@@ -235,7 +232,7 @@ def serve(
         for attempt in range(reconnects + 1):
             try:
                 wire = Wire(connect(address, wait), use_shared_memory=use_shared_memory)
-                return _serve_once(evaluator, wire, log, address, with_parameters)
+                return _serve_once(evaluator, wire, log, address, with_parameters, reconnects)
             except _EvaluationFailed as failure:
                 report(f"evaluation {log.evaluations + 1} failed: {failure}")
                 if attempt < reconnects:
@@ -251,6 +248,14 @@ def serve(
         return 1
 
 
+def _refuse_reconnects(evaluator: EvaluatorLike, reconnects: int) -> None:
+    if reconnects and _counts(evaluator):
+        raise InputError(
+            "with potentials that change with time, or a charge that beads share, a driver that connects again would "
+            "have lost count; leave --reconnects at 0 and continue from RESTART"
+        )
+
+
 class _EvaluationFailed(VoltPIError):
     """Carries the sentence of whatever went wrong in an evaluation."""
 
@@ -261,6 +266,7 @@ def _serve_once(
     log: _Log,
     address: Address,
     with_parameters: Callable[[dict[str, str]], EvaluatorLike] | None,
+    reconnects: int,
 ) -> int:
     log.report(f"connected to {address}")
     known: dict[str, str] = {}
@@ -270,6 +276,7 @@ def _serve_once(
                 if with_parameters is None:
                     raise InputError(f"i-PI sends <parameters> {wire.parameters}, which this driver does not take")
                 evaluator, known = with_parameters(wire.parameters), dict(wire.parameters)
+                _refuse_reconnects(evaluator, reconnects)
             refuse_filled_batches(evaluator, wire.batch_size)
             began = time.monotonic()
             if not _answer(evaluator, wire, structures):

@@ -36,6 +36,14 @@ def refusals(plan: RunInput, ff: SocketForceField | DirectForceField, settings: 
                 f"{' or '.join(_MODES)} (there is none at constant pressure)"
             )
     for driven in _driven(plan):
+        if settings.displacement is not None:
+            given = zip("xyz", settings.displacement, strict=True)
+            held = ", ".join(axis for axis, value in given if value is not None)
+            yield (
+                f"<driven_dynamics> stands beside a displacement along {held}, where i-PI's force Z*·ε is wrong: Z* is "
+                "that at constant field, and at constant displacement the dipole follows the atoms with ε∞⁻¹·Z*; "
+                "remove displacement, or drive by a displacement of the settings that changes with time instead"
+            )
         if driven.field is None:
             yield f"<efield> cannot be read: {driven.problem}; correct it"
         elif driven.field.sigma != float("inf") and not driven.field.is_pulse:
@@ -90,7 +98,7 @@ def advice(plan: RunInput, settings: Settings) -> Iterator[str]:
                     f"the pulse begins with {field.envelope(0.0):.0%} of its strength at once; a <peak> of 4 <sigma> "
                     "or more begins softly"
                 )
-        if settings.field_from_frame or any(settings.field) or settings.displacement is not None:
+        if settings.field_from_frame or any(settings.field):
             yield (
                 "the static field of the settings acts besides the driving one, whose force is linear about it; "
                 "i-PI's `Efield` shows the driving one only"

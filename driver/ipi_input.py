@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from voltpi.analysis.driven_field import DrivenField
 
 _PES_FILE = Path(__file__).with_name("pes.py")
-# of <parameters>, no settings: what VoltPI's PES and i-PI itself want to know
-_NO_SETTINGS = frozenset({"settings", "template", "verbose", "verbosity"})
+# of <parameters>, no settings: the files of VoltPI's PES, and what i-PI itself wants to know
+_FILES = ("settings", "template")
+_OF_IPI = frozenset({"verbose", "verbosity"})
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class DirectForceField:
     @property
     def overrides(self) -> dict[str, Any]:
         """Dotted keys of the settings and what ``<parameters>`` gives them."""
-        return overrides_of(self.parameters)
+        return overrides_of({key: value for key, value in self.parameters.items() if key not in _FILES})
 
 
 @dataclass(frozen=True)
@@ -152,13 +153,14 @@ class RunInput:
     first_step: int
     timestep: float | None  # fs
     n_beads: int
-    template: Path | None  # the start structure; None: a checkpoint, which holds none
+    template: Path | None  # the start structure of the first system; None: a checkpoint, which holds none
     prefix: str
     properties: tuple[Path, ...]  # files with a column `step`, in full
     barostat: Barostat | None
     cell_is_given: bool  # by the input itself, and not only by the start structure
     motions: tuple[Motion, ...] = ()
     forces: tuple[ForceComponent, ...] = ()
+    templates: dict[str, Path] = field(default_factory=dict)  # by forcefield: where a system that it acts on starts
     n_systems: int = 1
     moves_systems: bool = False  # <smotion>: exchanges between systems and the like
     temperature: float | None = None  # K
@@ -182,6 +184,10 @@ class RunInput:
         """Whether this is a RESTART or another checkpoint of i-PI."""
         return self.template is None
 
+    def template_of(self, forcefield: str) -> Path | None:
+        """The start structure of the systems that this forcefield acts on; None in a checkpoint."""
+        return self.templates.get(forcefield, self.template)
+
     def mass(self, atom: int) -> float | None:
         """The mass (amu) that the input itself gives an atom; None where it follows from the element."""
         given = None
@@ -203,8 +209,18 @@ class RunInput:
 
 
 def overrides_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings among i-PI's ``<parameters>``: dotted keys and their values."""
-    return {key: parameter_value(value) for key, value in parameters.items() if key not in _NO_SETTINGS}
+    """The settings among the ``<parameters>`` of an ``<ffsocket>``: dotted keys and their values.
+
+    Raises InputError for the files of an ``<ffdirect>``, which a driver behind a socket has from its command line.
+    """
+    for key in _FILES:
+        if key in parameters:
+            raise InputError(
+                f"<parameters> of an <ffsocket> name the {key} {parameters[key]}, as those of an <ffdirect> do; remove "
+                "it: `voltpi run` takes settings-NAME.yaml (of <ffsocket name='NAME'>) or settings.yaml beside the "
+                "XML and the structure of <initialize>, `voltpi drive` what --settings and --template say"
+            )
+    return {key: parameter_value(value) for key, value in parameters.items() if key not in _OF_IPI}
 
 
 def parameter_value(value: Any) -> Any:
@@ -246,6 +262,7 @@ def read_input(xml: str | Path) -> RunInput:
     if not any(element.tag.lower().startswith("ff") for element in root):
         raise InputError(f"{path.name}: no forcefield; add <ffsocket> or <ffdirect> (see `voltpi new`)")
     n_beads = _beads(tags)
+    starts = [_start(tags, system, path.parent) for system in root.iterfind("system")]
     for ff in direct:
         if not ff.threaded and n_beads % ff.batch_size:
             raise InputError(
@@ -260,14 +277,15 @@ def read_input(xml: str | Path) -> RunInput:
         first_step=tags.number(root, "step", 0, int, least=0),
         timestep=_timestep(root),
         n_beads=n_beads,
-        template=_template(tags, path.parent),
+        template=next((start for start in starts if start is not None), None),
         prefix=prefix,
         properties=tuple(path.parent / name for name in _step_files(root)),
         barostat=_barostat(root),
         cell_is_given=any(element.find("cell") is not None for element in root.iter("initialize")),
         motions=tuple(_motion(element) for element in root.iter("motion") if element.get("mode") != "multi"),
         forces=tuple(_force(element) for element in root.iterfind("system/forces/force")),
-        n_systems=len(root.findall("system")),
+        templates=_templates(tags, starts, {*(ff.name for ff in sockets), *(ff.name for ff in direct if ff.ours)}),
+        n_systems=len(starts),
         moves_systems=_text(root, "smotion") != "" or any(len(e) > 0 for e in root.iterfind("smotion")),
         time=_quantity(root.find("system/ensemble/time"), "time", "femtosecond"),
         temperature=_quantity(next(root.iter("temperature"), None), "temperature", "kelvin"),
@@ -307,7 +325,7 @@ def _text(parent: ET.Element, tag: str, default: str = "") -> str:
 
 
 def _socket(tags: _Tags, element: ET.Element) -> SocketForceField:
-    name = element.get("name", "")
+    name = element.get("name", "").strip()
     here = f"ffsocket name='{name}'"
     mode = element.get("mode", "inet").strip()
     if mode not in ("unix", "inet", "shm"):
@@ -316,6 +334,11 @@ def _socket(tags: _Tags, element: ET.Element) -> SocketForceField:
     if mode == "inet" and not 1 <= port <= 65535:
         raise tags.fail(here, f"has <port> {port}; use one of 1025…65535")
     address = _text(element, "address", "localhost")
+    parameters = _parameters(tags, element, here)
+    try:
+        overrides_of(parameters)
+    except InputError as error:
+        raise InputError(f"{tags.file}, <{here}>: {error}") from None
     return SocketForceField(
         name=name,
         mode=mode,  # type: ignore[arg-type]
@@ -324,7 +347,7 @@ def _socket(tags: _Tags, element: ET.Element) -> SocketForceField:
         batch_size=tags.number(element, "batch_size", 1, int, least=1),
         latency=tags.number(element, "latency", 1e-4, float, least=0),
         wraps=_wraps(element),
-        parameters=_parameters(tags, element, here),
+        parameters=parameters,
     )
 
 
@@ -337,7 +360,7 @@ def _is_true(text: str) -> bool:
 
 
 def _direct(tags: _Tags, element: ET.Element, folder: Path) -> DirectForceField:
-    name = element.get("name", "")
+    name = element.get("name", "").strip()
     here = f"ffdirect name='{name}'"
     pes = _text(element, "pes", "dummy")
     pes_path = folder / _text(element, "pes_path") if pes == "custom" else None
@@ -349,7 +372,7 @@ def _direct(tags: _Tags, element: ET.Element, folder: Path) -> DirectForceField:
         )
     parameters = _parameters(tags, element, here)
     ours = pes_path is not None and pes_path.samefile(_PES_FILE)
-    for key in ("settings", "template") if ours else ():
+    for key in _FILES if ours else ():
         if key not in parameters:
             raise tags.fail(
                 here, f"gives no {key} in <parameters>; write {{settings: settings.yaml, template: start.xyz}}"
@@ -494,10 +517,11 @@ def _barostat(root: ET.Element) -> Barostat | None:
     return None
 
 
-def _template(tags: _Tags, folder: Path) -> Path | None:
-    element = next((e for i in tags.root.iter("initialize") for e in i.iterfind("file")), None)
+def _start(tags: _Tags, system: ET.Element, folder: Path) -> Path | None:
+    """The start structure of a system; None where it holds positions, as in a checkpoint."""
+    element = system.find("initialize/file")
     if element is None:
-        if next(tags.root.iter("beads"), None) is not None:
+        if system.find("beads") is not None:
             return None
         raise tags.fail("initialize", "names no start structure; add <file mode='ase'> start.xyz </file>")
     name = (element.text or "").strip()
@@ -518,6 +542,42 @@ def _template(tags: _Tags, folder: Path) -> Path | None:
             "'# CELL(abcABC): a b c 90 90 90 cell{angstrom} positions{angstrom}' there, or use mode='ase'",
         )
     return path
+
+
+def _templates(tags: _Tags, starts: list[Path | None], ours: set[str]) -> dict[str, Path]:
+    """By forcefield, the start structure of the first system that names it; ``starts`` are those of the systems.
+
+    Raises InputError where ``ours``, which are prepared for one structure, act on systems of different atoms.
+    """
+    found: dict[str, Path] = {}
+    for system, start in zip(tags.root.iterfind("system"), starts, strict=True):
+        if start is None:
+            continue
+        named = {force.get("forcefield", "").strip() for force in system.iter("force")}
+        # others stand inside those that are named, such as <ffcommittee>
+        inside = (part for top in tags.root if top.get("name", "").strip() in named for part in top.iter())
+        names = sorted({part.get("name", "").strip() for part in inside if part.tag in ("ffsocket", "ffdirect")})
+        for name in names:
+            known = found.setdefault(name, start)
+            if name in ours and known != start:
+                _refuse_other_atoms(tags, name, known, start)
+    return found
+
+
+def _refuse_other_atoms(tags: _Tags, name: str, first: Path, second: Path) -> None:
+    from voltpi.driver.structures import read_structures
+
+    one, other = (list(read_structures(path)[0].symbols) for path in (first, second))
+    if one != other:
+        unlike = f"{len(one)} atoms in {first.name} and {len(other)} in {second.name}"
+        if len(one) == len(other):
+            k = next(k for k, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1])
+            unlike = f"atom {k} is {one[k]} in {first.name} and {other[k]} in {second.name}"
+        raise tags.fail(
+            f"force forcefield='{name}'",
+            f"stands in systems of different atoms ({unlike}), but a driver is prepared for one list of atoms; give "
+            "each system a forcefield of its own, or the same atoms in the same order",
+        )
 
 
 def _says_its_units(path: Path, element: ET.Element) -> bool:

@@ -67,12 +67,11 @@ def run(
     if drivers < 1:
         raise InputError(f"--drivers is {drivers}: give 1 or more")
     plan = read_input(input_xml)
-    record = RunRecord.of(plan)
-    if template is not None:
-        record.template = Path(template).resolve()
+    record = RunRecord.of(plan, template)
     for ff in plan.sockets:
         record.settings[ff.name] = settings_for(plan, ff, settings, record)
-        if record.template is None or not record.template.is_file():
+        start = record.templates.get(ff.name)
+        if start is None or not start.is_file():
             raise InputError(
                 f"{plan.path.name}: a checkpoint holds no start structure and "
                 f"{record.path.name}, which says where it is, is not here (or names a missing file); "
@@ -115,36 +114,49 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 @dataclass
 class RunRecord:
-    """What a continuation needs and i-PI's RESTART does not hold; a small JSON file beside the outputs."""
+    """What a continuation needs and i-PI's RESTART does not hold; a small JSON file beside the outputs.
+
+    ``templates`` (start structures) and ``settings`` are files by the name of the ``<ffsocket>``.
+    """
 
     path: Path
-    template: Path | None = None
+    templates: dict[str, Path] = field(default_factory=dict)
     settings: dict[str, Path] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plan: RunInput) -> RunRecord:
-        """The record of this run, with what its first part left if this is a checkpoint. Raises InputError."""
-        record = cls(plan.folder / f"{plan.prefix or 'i-pi'}.run.json", plan.template)
+    def of(cls, plan: RunInput, template: str | Path | None = None) -> RunRecord:
+        """The record of this run, with what its first part left if this is a checkpoint. Raises InputError.
+
+        ``template``: the start structure for all drivers, instead of those of the input.
+        """
+        record = cls(plan.folder / f"{plan.prefix or 'i-pi'}.run.json")
+        record.templates = {ff.name: start for ff in plan.sockets if (start := plan.template_of(ff.name)) is not None}
         if plan.is_checkpoint and record.path.is_file():
             try:
                 known = json.loads(record.path.read_text())
-                record.template = plan.folder / known["template"]
                 record.settings = {name: plan.folder / path for name, path in known["settings"].items()}
-            except (ValueError, KeyError, TypeError) as error:
+                # earlier records hold one for all
+                starts = (
+                    known["templates"] if "templates" in known else dict.fromkeys(known["settings"], known["template"])
+                )
+                record.templates = {name: plan.folder / path for name, path in starts.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(
                     f"{record.path.name}: cannot be read ({type(error).__name__}: {error}); remove it and give "
                     "--settings and --template"
                 ) from error
+        if template is not None:
+            record.templates = dict.fromkeys((ff.name for ff in plan.sockets), Path(template).resolve())
         return record
 
     def write(self) -> None:
         """Writes it, with paths relative to its folder, where there are drivers to start again."""
-        if self.template is None or not self.settings:
+        if not self.settings:
             return
         folder = self.path.parent
         content = {
-            "template": os.path.relpath(self.template, folder),
-            "settings": {name: os.path.relpath(path, folder) for name, path in self.settings.items()},
+            key: {name: os.path.relpath(path, folder) for name, path in files.items()}
+            for key, files in (("templates", self.templates), ("settings", self.settings))
         }
         self.path.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -203,7 +215,7 @@ def clock_options(plan: RunInput, ff: SocketForceField, settings: Path, drivers:
     Raises InputError where they cannot follow the time.
     """
     try:
-        tree = load_settings(settings, ff.overrides, origin="<parameters>")
+        tree = load_settings(settings, ff.overrides, origin="<parameters>", folder=plan.folder)
     except InputError:
         return []  # the driver says it
     if not tree.scheduled:
@@ -353,9 +365,9 @@ class _Session:
     def _start(self) -> None:
         plan = self.plan
         prefix = str(self.scratch / "s_")
-        template = self.record.template or plan.path  # always known where there are drivers
+        settings, templates = self.record.settings, self.record.templates
         commands = {
-            (ff.name, i): driver_command(ff, self.record.settings[ff.name], template, prefix) + self.clocks[ff.name]
+            (ff.name, i): driver_command(ff, settings[ff.name], templates[ff.name], prefix) + self.clocks[ff.name]
             for ff in plan.sockets
             for i in range(self.n_drivers)
         }

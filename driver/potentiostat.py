@@ -38,7 +38,16 @@ from numpy.typing import NDArray
 
 from voltpi.driver.evaluator import BOHR, HARTREE, Evaluator, Result
 from voltpi.driver.ipi_input import DirectForceField, RunInput, SocketForceField
-from voltpi.driver.schedule import Scheduled, Steps, applied_at, once_a_step, outside_at, settings_at, value_at
+from voltpi.driver.schedule import (
+    Scheduled,
+    Steps,
+    applied_at,
+    once_a_step,
+    outside_at,
+    refuse_later,
+    settings_at,
+    value_at,
+)
 from voltpi.driver.settings import Settings
 from voltpi.potential.errors import InputError, VoltPIError
 
@@ -118,6 +127,7 @@ class Potentiostat:
         self._settings, self._own = settings, settings.potentiostat
         atoms = without_ghost(template, settings)
         self.evaluator = Evaluator.from_settings(settings_of(settings, template), atoms)
+        refuse_later(self.evaluator, settings)
         names = [e.name for e in settings.electrodes]
         self._first, self._second = (names.index(name) for name in self._own.electrodes)
         self._steps = Steps(settings.clock) if settings.scheduled else None

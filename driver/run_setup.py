@@ -30,7 +30,7 @@ def describe_run(given: Given) -> Setup:
     from voltpi.potential.model import Potential
 
     overrides = {key: parameter_value(value) for key, value in given.overrides.items()}
-    settings = load_settings(given.settings, overrides, origin="<parameters>")
+    settings = load_settings(given.settings, overrides, origin="<parameters>", folder=given.folder)
     if given.template is None:
         raise InputError(f"{given.source}: the run's start structure is not known; put it beside as start.xyz")
     atoms = read_structures(given.template)[0]

@@ -28,12 +28,23 @@ from numpy.typing import NDArray
 
 from voltpi.driver.ipi_input import DirectForceField, RunInput, SocketForceField
 from voltpi.driver.settings import Clock, Cyclic, Ramp, Schedule, Settings, Square, Table
-from voltpi.potential.errors import VoltPIError
+from voltpi.potential.errors import InputError, VoltPIError
 
 if TYPE_CHECKING:
     from voltpi.driver.evaluator import Evaluator, Result
 
-__all__ = ["Scheduled", "Steps", "applied_at", "clock_settings", "outside_at", "refusals", "settings_at", "value_at"]
+__all__ = [
+    "Scheduled",
+    "Steps",
+    "applied_at",
+    "clock_settings",
+    "extreme_times",
+    "outside_at",
+    "refusals",
+    "refuse_later",
+    "settings_at",
+    "value_at",
+]
 
 Array = NDArray[np.float64]
 
@@ -96,6 +107,53 @@ def outside_at(settings: Settings, times: Array) -> dict[str, Array]:
     if any(key.startswith("displacement") for key in settings.scheduled):
         out["displacements"] = np.array([s.displacement for s in now], dtype=float)  # None is nan
     return out
+
+
+def extreme_times(settings: Settings) -> list[float]:
+    """Times (ps) at which a voltage, or a component of field or displacement, is largest in size, but for the start."""
+    values = [e.potential for e in settings.electrodes]
+    for components in (settings.field, settings.displacement):
+        values += [] if components is None or components == "from-frame" else components
+    times = set()
+    for value in values:
+        if isinstance(value, Schedule):
+            turns = _turns(value)
+            sizes = [abs(value_at(value, time)) for time in turns]
+            times.add(turns[sizes.index(max(sizes))])  # the first of equals: the start, if that is one
+    return sorted(times - {0.0})
+
+
+def _turns(value: Schedule) -> list[float]:
+    """Times (ps), the start first, between which a value is monotonic or constant."""
+    shape = value.ramp or value.square or value.cyclic or value.table
+    match shape:
+        case Ramp():
+            return [0.0, abs(shape.until - shape.start) / shape.rate]
+        case Square():
+            return [0.0, shape.period / 2]
+        case Cyclic():
+            up = (shape.high - (shape.low if shape.start is None else shape.start)) / shape.rate
+            return [0.0, up, up + (shape.high - shape.low) / shape.rate]
+        case Table():
+            return [0.0, *(time for time in shape.times if time > 0)]
+    raise AssertionError("a schedule has one shape")
+
+
+def refuse_later(evaluator: Evaluator, settings: Settings) -> None:
+    """Raises InputError where the structure allows the field or displacement of the start but not a later one."""
+    charges, prepared = evaluator.potential.charges, evaluator.prepared
+    if charges is None:
+        return
+    for time in extreme_times(settings):
+        outside = outside_at(settings, np.array([time]))
+        for key, name in (("fields", "field"), ("displacements", "displacement")):
+            if key in outside:
+                prepared = prepared.replace(**{name: prepared.positions.new_tensor(outside[key])})
+        try:
+            charges.check_field(prepared)
+        except InputError as error:
+            key = "field" if settings.displacement is None else "displacement"
+            raise settings.refusal(key, f"at {time:g} ps: {error}") from None
 
 
 class Steps:
@@ -172,11 +230,15 @@ def _timestep(simulation: Any) -> float:
 
 
 class Scheduled:
-    """An evaluator whose electrodes' potentials or field change with time; extras say the ``step`` counted."""
+    """An evaluator whose electrodes' potentials or field change with time; extras say the ``step`` counted.
+
+    Raises InputError as ``refuse_later`` does.
+    """
 
     counts_structures = True
 
     def __init__(self, evaluator: Evaluator, settings: Settings) -> None:
+        refuse_later(evaluator, settings)
         self._evaluator, self._settings = evaluator, settings
         self._steps = Steps(settings.clock)
 

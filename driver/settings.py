@@ -343,6 +343,7 @@ def load_settings(
     overrides: Sequence[str] | Mapping[str, Any] = (),
     *,
     origin: str = "--set",
+    folder: str | Path | None = None,
 ) -> Settings:
     """Settings from a YAML file (or defaults), then ``overrides`` on top.
 
@@ -353,6 +354,7 @@ def load_settings(
         text is read as YAML, so ``"[0, 0, 0.1]"`` is a list; an electrode goes by its place or its name, as in
         ``electrodes.left.potential``
     origin : what messages call the source of the overrides
+    folder : what paths in the overrides are relative to (default: the working folder)
 
     Raises InputError, one sentence that names file, line, key, value and fix.
     """
@@ -369,12 +371,15 @@ def load_settings(
             if not equals:
                 raise InputError(f"{origin} {item}: expected key=value, such as charges.model=pqeq")
             key, value = key.strip(), parse_value(text, f"{origin} {item}")
-            assign(data, origins, _placed(key, data, f"{origin} {item}"), value, f"{origin} {item}")
+            said = f"{origin} {item}"
         else:
             key, value = item
             # copied, because later assignments may go inside it
             value = copy.deepcopy(parse_value(value, f"{origin} {key}"))
-            assign(data, origins, _placed(key, data, f"{origin} {key}"), value, f"{origin} {key}")
+            said = f"{origin} {key}"
+        if folder is not None:
+            value = _resolved(key, value, Path(folder))
+        assign(data, origins, _placed(key, data, said), value, said)
     try:
         settings = Settings.model_validate(data)
     except ValidationError as error:
@@ -395,6 +400,18 @@ def _placed(key: str, data: Mapping[str, Any], origin: str) -> str:
         known = ", ".join(map(str, names)) or "none"
         raise InputError(f"{origin}: there is no electrode {name}; the settings have {known}")
     return f"electrodes.{names.index(name)}{dot}{below}"
+
+
+def _resolved(key: str, value: Any, folder: Path) -> Any:
+    """The value of a dotted key, with paths in it as ``_resolve_paths`` makes them."""
+    parts = key.split(".")
+    tree = value
+    for part in reversed(parts):
+        tree = {part: tree}
+    _resolve_paths(tree, folder)
+    for part in parts:
+        tree = tree[part]
+    return tree
 
 
 def _resolve_paths(data: dict[str, Any], folder: Path) -> None:

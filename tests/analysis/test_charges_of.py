@@ -62,6 +62,26 @@ def test_what_the_driver_sent_comes_before_the_settings(tmp_path: Path) -> None:
         found.at(1, 5)
 
 
+def test_a_restarted_run_has_the_charges_and_the_moment_of_its_later_branch(tmp_path: Path) -> None:
+    """Restarted behind step 1, and killed before step 3."""
+    sent = np.arange(12.0).reshape(4, 3)
+    run = made(tmp_path, {"charges": sent})
+    places = np.random.default_rng(1).uniform(0.0, 8.0, (3, 3, 3))
+    later = write_run(tmp_path / "later", SYMBOLS, places, np.full(3, 9.0), extras={"charges": sent + 0.25})
+    for name, lines in (("run.charges_0", 2), ("run.pos_0.xyz", 5)):
+        rows = (later / name).read_text().splitlines(keepends=True)
+        with (tmp_path / name).open("a") as file:
+            file.writelines(rows[2 * lines : 3 * lines])
+    found = charges_of(run)
+    assert found.at(1, 3).tolist() == sent[1].tolist()  # type: ignore[union-attr]
+    assert found.at(2, 3).tolist() == (sent[2] + 0.25).tolist()  # type: ignore[union-attr]
+    assert found.at(3, 3) is None
+    dipoles = polarization_of(run)
+    assert dipoles.steps.tolist() == [0, 1, 2]
+    images = (dipoles.dipole[2] - (sent[2] + 0.25) @ places[2]) / 9.0 / 0.25
+    assert np.allclose(images, np.rint(images), atol=1e-7)  # whole images of atoms
+
+
 def test_fixed_ones_of_the_settings(tmp_path: Path) -> None:
     run = made(tmp_path)
     settings(tmp_path, "charges: {model: fixed, values: formal}\n", [1.0, -1.0, 1.0])

@@ -164,6 +164,53 @@ def test_schedule_of_the_field(tmp_path: Path) -> None:
     assert not applied.held.any()
 
 
+def test_records_hold_one_start_structure_for_each_forcefield(tmp_path: Path) -> None:
+    settings(tmp_path, 0.1)
+    content = {"templates": {"a": "a.xyz", "b": "b.xyz"}, "settings": dict.fromkeys("ab", "settings.yaml")}
+    (tmp_path / "run.run.json").write_text(json.dumps(content))
+    starts = [given.template for given in given_to_drivers(tmp_path, [tmp_path / "run.out"])]
+    assert starts == [tmp_path / "a.xyz", tmp_path / "b.xyz"]
+    record(tmp_path, a="settings.yaml", b="settings.yaml")  # as they were before
+    starts = [given.template for given in given_to_drivers(tmp_path, [tmp_path / "run.out"])]
+    assert starts == [tmp_path / "start.xyz"] * 2
+
+
+def test_start_structure_of_the_system_that_wrote_the_outputs(tmp_path: Path) -> None:
+    settings(tmp_path, 0.1)
+    systems = "".join(
+        f"<system prefix='{name}'><initialize><file mode='ase'> {name}.xyz </file></initialize></system>"
+        for name in "ab"
+    )
+    (tmp_path / "input.xml").write_text(f"<simulation><output prefix='run'/>{systems}</simulation>")
+    for name in "ab":
+        (tmp_path / f"{name}.xyz").touch()
+    for name in "ab":
+        assert given_to_drivers(tmp_path, [tmp_path / f"{name}_run.out"])[0].template == tmp_path / f"{name}.xyz"
+
+
+def test_parameters_with_dotted_keys(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("field: [0.1, {ramp: {start: 0, rate: 1, until: 1}}, 0]\n")
+    direct(tmp_path, "settings: settings.yaml, field.2: 0.05")
+    assert applied_of(tmp_path, [tmp_path / "run.out"]).control.tolist()[::2] == [0.1, 0.05]
+    direct(tmp_path, "settings: settings.yaml, field.1.ramp.rate: 2, field.0: null")
+    applied = applied_of(tmp_path, [tmp_path / "run.out"])
+    assert applied.changing.tolist() == [False, True, False]
+    assert applied.control.tolist()[0] == 0.0
+    direct(tmp_path, "settings: settings.yaml, field: 0 0 0.2, field.0: 0.3")
+    assert applied_of(tmp_path, [tmp_path / "run.out"]).control.tolist() == [0.3, 0.0, 0.2]
+    direct(tmp_path, "settings: settings.yaml, displacement.2: 0.3")
+    with pytest.raises(InputError, match=r"displacement\.2 is given, but the settings have no list"):
+        applied_of(tmp_path, [tmp_path / "run.out"])
+
+
+def test_displacement_taken_away_in_parameters(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("field: [0.1, 0, 0]\ndisplacement: [null, null, 0.3]\n")
+    direct(tmp_path, "settings: settings.yaml, displacement: null")
+    assert str(applied_of(tmp_path, [tmp_path / "run.out"])) == "field [0.1, 0, 0]"
+    direct(tmp_path, "settings: settings.yaml, displacement.2: null, field.2: 0.2")
+    assert str(applied_of(tmp_path, [tmp_path / "run.out"])) == "field [0.1, 0, 0.2]"
+
+
 def test_displacement_in_parameters(tmp_path: Path) -> None:
     """They come before the settings, also the field of these stays where D is not given."""
     (tmp_path / "settings.yaml").write_text("field: [0.1, 0, 0]\n")

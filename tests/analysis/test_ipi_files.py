@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ase.io import read
 
-from voltpi.analysis.ipi_files import convert, file_kind, iter_extras, read_extras, read_properties, read_trajectory
+from voltpi.analysis.ipi_files import (
+    convert,
+    extras_by_step,
+    file_kind,
+    iter_extras,
+    read_extras,
+    read_forces,
+    read_properties,
+    read_trajectory,
+    read_velocities,
+)
 from voltpi.potential.errors import InputError
 
 BOHR = 0.529177210903  # Å, CODATA 2018
@@ -135,7 +147,7 @@ def test_extras_one_by_one(tmp_path: Path) -> None:
         record.format(0, "1 2 3", "4 5 6")
         + record.format(10, "1 2 4", "4 5")  # killed here, and restarted from the step before
         + record.format(10, "1 2 5", "4 5 6")
-        + record.format(0, "9 9 9", "9 9 9")
+        + record.format(20, "9 9 9", "9 9 9")
         + record.format(20, "1 2 6", "4 5 6")
         + " #EXTRAS(shells)# Step:          30 \n1 2"
     )
@@ -158,3 +170,130 @@ def test_what_is_no_element_is_x(tmp_path: Path) -> None:
     path.write_text(f"2\n{comment}\nAu 1 2 3\nQel 4 5 6\n")
     (frame,) = read_trajectory(path)
     assert frame.atoms.numbers.tolist() == [79, 0]
+
+
+def xyz(step: int, value: float, quantity: str = "positions{angstrom}") -> str:
+    comment = f"# CELL(abcABC):    9.0    9.0    9.0   90.0   90.0   90.0  Step:  {step:10d}  Bead:       0 {quantity}"
+    return f"3\n{comment}  cell{{angstrom}}\n" + "".join(
+        f"       H {k:12.5e} 1.0e+00 {value:12.5e}\n" for k in range(3)
+    )
+
+
+def extended(step: int, value: float) -> str:
+    comment = f'ipi_comment="Step:  {step:10d}  Bead:       0 positions{{ase}}  cell{{ase}}" pbc="T T T"'
+    rows = "".join(f"H        {k:.8f}       1.00000000       {value:.8f}\n" for k in range(3))
+    return f'3\nLattice="9.0 0.0 0.0 0.0 9.0 0.0 0.0 0.0 9.0" Properties=species:S:1:pos:R:3 {comment}\n{rows}'
+
+
+def positions_of(path: Path) -> list[tuple[float, float]]:
+    return [(frame.step or 0, frame.atoms.positions[2, 2]) for frame in read_trajectory(path)]
+
+
+def vectors_of(read: Callable, factor: float) -> Callable[[Path], list[tuple[float, float]]]:
+    return lambda path: [(frame.step, frame.values[2, 2] / factor) for frame in read(path)]
+
+
+def one_by_one(path: Path) -> list[tuple[float, float]]:
+    return [(step, values[-1]) for step, values in iter_extras(path)]
+
+
+def all_at_once(path: Path) -> list[tuple[float, float]]:
+    extras = read_extras(path)
+    return list(zip(extras.steps, extras.values[:, -1], strict=True))
+
+
+def table(path: Path) -> list[tuple[float, float]]:
+    properties = read_properties(path)
+    return list(zip(properties.get("step"), properties.get("potential"), strict=True))
+
+
+HEADER = "# column   1     --> step : The step.\n# column   2     --> potential{electronvolt} : The energy.\n"
+FORMATS = {
+    "properties": (HEADER, lambda step, value: f"   {step:.8e}    {value:.8e}   \n", table),
+    "extras": ("", lambda step, value: f" #EXTRAS(q)# Step:  {step:10d} \n{1.0:.8e} {value:.8e}\n", one_by_one),
+    "all extras": ("", lambda step, value: f" #EXTRAS(q)# Step:  {step:10d} \n{1.0:.8e} {value:.8e}\n", all_at_once),
+    "positions": ("", xyz, positions_of),
+    "extended": ("", extended, positions_of),
+    "velocities": ("", lambda s, v: xyz(s, v, "velocities{m/s}"), vectors_of(read_velocities, 1e-5)),
+    "forces": ("", lambda s, v: xyz(s, v, "forces{ev/ang}"), vectors_of(read_forces, 1.0)),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_later_branch_counts(tmp_path: Path, kind: str) -> None:
+    """Killed behind step 120 wherever it was in its record of step 140, restarted behind 80, killed and restarted."""
+    start, record, read_file = FORMATS[kind]
+    first = start + "".join(record(step, 1.0 + step) for step in range(0, 121, 20))
+    second = "".join(record(step, 2.0 + step) for step in (100, 120, 140))
+    third = record(140, 3.5)
+    kept = [(step, 1.0 + step) for step in range(0, 81, 20)] + [(100, 102.0), (120, 122.0)]
+    path = tmp_path / "run"
+    cut = record(140, 7.0)
+    for length in range(len(cut) + 1):
+        path.write_text(first + cut[:length] + second + third)
+        np.testing.assert_allclose(read_file(path), [*kept, (140, 3.5)], rtol=1e-5, err_msg=repr(cut[:length]))
+    path.write_text(first + second[: len(record(100, 2.0)) + len(record(120, 2.0)) // 2])
+    np.testing.assert_allclose(read_file(path), kept[:-1], rtol=1e-5)  # nothing of the first run after 100
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_last_record_cut_anywhere_is_left_out(tmp_path: Path, kind: str) -> None:
+    start, record, read_file = FORMATS[kind]
+    path = tmp_path / "run"
+    whole, cut = start + record(0, 1.25) + record(20, 1.5), record(40, 1.75)
+    for length in range(len(cut)):
+        path.write_text(whole + cut[:length])
+        found = read_file(path)
+        np.testing.assert_allclose(found, [(0, 1.25), (20, 1.5)], rtol=1e-5, err_msg=repr(cut[:length]))
+    path.write_text(whole + cut)
+    np.testing.assert_allclose(read_file(path), [(0, 1.25), (20, 1.5), (40, 1.75)], rtol=1e-5)
+
+
+def test_a_long_trajectory_is_read_frame_by_frame(tmp_path: Path) -> None:
+    path = tmp_path / "run.pos_0.xyz"
+    rows = "".join(f"       H {k:12.5e} {k:12.5e} {k:12.5e}\n" for k in range(200))
+    comment = "# CELL(abcABC): 9 9 9 90 90 90 Step: {:10d} Bead: 0 positions{{angstrom}}  cell{{angstrom}}\n"
+    with path.open("w") as file:
+        for step in [*range(400), *range(250, 500)]:
+            file.write("200\n" + comment.format(step) + rows)
+    assert path.stat().st_size > 4e6
+    read_few = read_trajectory(path)
+    tracemalloc.start()
+    try:
+        steps = [next(read_few).step for _ in range(5)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert steps == list(range(5))
+    assert peak < 0.5e6
+
+
+def test_frames_without_steps(tmp_path: Path) -> None:
+    path = tmp_path / "run.extxyz"
+    frame = '2\nLattice="9 0 0 0 9 0 0 0 9" Properties=species:S:1:pos:R:3\nH 0 0 0\nH 0 0 {}\n'
+    path.write_text(frame.format(1) + frame.format(2) + frame.format(3)[:-9])
+    frames = list(read_trajectory(path))
+    assert [(frame.step, frame.atoms.positions[1, 2]) for frame in frames] == [(None, 1.0), (None, 2.0)]
+
+
+def test_units_with_a_slash(tmp_path: Path) -> None:
+    path = tmp_path / "run.for_0.xyz"
+    path.write_text(xyz(0, 2.0, "forces{ev/ang}"))
+    assert file_kind(path) == "forces"
+    (forces,) = read_forces(path)
+    np.testing.assert_allclose(forces.values[:, 2], 2.0, rtol=1e-6)
+    path.write_text(xyz(0, 2.0, "velocities{m/s}"))
+    assert file_kind(path) == "velocities"
+    (velocities,) = read_velocities(path)
+    np.testing.assert_allclose(velocities.values[:, 2], 2.0e-5, rtol=1e-6)  # Å/fs
+    path.write_text(xyz(0, 2.0, "velocities{atomic_unit}"))
+    (velocities,) = read_velocities(path)
+    np.testing.assert_allclose(velocities.values[:, 2], 2.0 * 21.8769126364, rtol=1e-6)  # CODATA 2018
+
+
+def test_extras_asked_for_by_step(tmp_path: Path) -> None:
+    path = tmp_path / "run.q_0"
+    path.write_text("".join(f" #EXTRAS(q)# Step: {step} \n{step + 0.5}\n" for step in (0, 10, 20)))
+    records = extras_by_step(path)
+    found = [records.at(step) for step in (10, 15, 20, 30, 0)]
+    assert [None if value is None else value.item() for value in found] == [10.5, None, 20.5, None, 0.5]

@@ -139,6 +139,56 @@ def test_kirkwood_factor_of_limits(tmp_path: Path, together: bool) -> None:
     assert kind.size().value == pytest.approx(0.8 * 0.59 * DEBYE, rel=1e-6)
 
 
+def test_kirkwood_at_constant_displacement(tmp_path: Path) -> None:
+    """Along z the sum of the dipoles is held back; G_K is that of x and y."""
+    rng = np.random.default_rng(11)
+    frames = []
+    for _ in range(60):
+        turns = [turned(rng) for _ in range(4)]
+        turns += [np.diag([1.0, 1.0, -1.0]) @ turn for turn in turns]  # the z components cancel
+        parts = [WATER @ turn.T + np.array([k % 2, k // 2 % 2, k // 4]) * 4.0 for k, turn in enumerate(turns)]
+        frames.append(Atoms("OH2" * 8, np.concatenate(parts), cell=[8.0, 8, 8], pbc=True))
+    folder = write_run(tmp_path / "run", frames, {"charges": [charges_of(atoms) for atoms in frames]})
+    settings = folder / "settings.yaml"
+    settings.write_text("model: none\ndisplacement: [null, null, 0.1]\n")
+    found = molecular_dipoles(find_run(folder))
+    (kind,) = found.kinds
+    total, flat = kind.dipoles.sum(axis=1), kind.dipoles[:, :, :2]
+    assert np.abs(total[:, 2]).max() < 1e-6
+    expected = total[:, :2].var(axis=0).sum() / (8 * (flat**2).sum(axis=2).mean())
+    assert kind.factor().value == pytest.approx(expected)
+    sums = np.zeros(len(kind.radii))
+    for atoms, mu in zip(frames, flat, strict=True):
+        centres = np.array([atoms[3 * m : 3 * m + 3].get_center_of_mass() for m in range(8)])
+        distances = Atoms("X8", centres, cell=[8.0, 8, 8], pbc=True).get_all_distances(mic=True)
+        for i, j in np.argwhere(~np.eye(8, dtype=bool)):
+            sums += np.where(distances[i, j] < kind.radii, mu[i] @ mu[j], 0.0) / 8.0 / 60.0
+    below = kind.radii < 4.0  # beyond, neighbours have several images at one distance
+    np.testing.assert_allclose(kind.kirkwood[below], (1.0 + sums / (flat**2).sum(axis=2).mean())[below], atol=1e-9)
+    assert any("Kirkwood's factor is that along x, y alone" in line for line in found.report())
+    settings.write_text("model: none\ndisplacement: [0, 0, 0.1]\n")
+    found = molecular_dipoles(find_run(folder))
+    assert "kirkwood_factor" not in found.numbers()["kinds"][0]
+    assert not any(line.startswith("  Kirkwood") for line in found.report())
+    assert len(found.kinds[0].radii) == 0
+    assert "Kirkwood's factor takes an axis at constant field" in found.numbers()["cautions"][0]
+    assert found.numbers()["kinds"][0]["dipole_D"] == pytest.approx(0.8 * 0.59 * DEBYE, rel=1e-6)
+
+
+def test_what_has_no_dipole_is_left_out(tmp_path: Path) -> None:
+    made = [mixture(np.random.default_rng(k))[0] for k in range(4)]
+    extras = {"charges": [charges_of(atoms) for atoms in made]}
+    found = molecular_dipoles(find_run(write_run(tmp_path / "run", made, extras, field=[0, 0, 0.1])))
+    assert [kind.formula for kind in found.kinds] == ["H2O", "HO"]
+    assert found.numbers()["without_dipole"] == ["1 Na"]
+    assert "left out, as they have no dipole: 1 Na" in found.report()
+    assert set(found.angles()[1][:, 0]) == {0.0, 1.0}
+    ions = [Atoms("NaNa", [[0, 0, 0], [4, 4, 4]], cell=[8.0] * 3, pbc=True)] * 3
+    folder = write_run(tmp_path / "ions", ions, {"charges": [np.ones(2)] * 3}, field=[0, 0, 0.1])
+    with pytest.raises(InputError, match=r"nothing has a dipole \(Na\)"):
+        molecular_dipoles(find_run(folder))
+
+
 def test_assembled_is_whole() -> None:
     atoms, _ = mixture(np.random.default_rng(2))
     away = assembled(atoms, bond_tree(atoms)) - whole(atoms)

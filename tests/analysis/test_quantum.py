@@ -66,6 +66,48 @@ def test_properties_trajectories_and_beads_say_the_same(crystal: Path, tmp_path:
                 np.testing.assert_allclose(two.values, one.values, rtol=1e-4)  # few digits in the files
 
 
+def thinned(crystal: Path, folder: Path, kept: dict[str, slice]) -> Path:
+    """The run with those of the beads' frames alone, and without kinetic energies."""
+    folder.mkdir()
+    for name in ("in.xml", "run.out"):
+        shutil.copy(crystal / name, folder)
+    text = (folder / "run.out").read_text()
+    (folder / "run.out").write_text(text.replace("kinetic_cv", "kinetic_xy").replace("r_gyration", "other"))
+    for name, chosen in kept.items():
+        for path in crystal.glob(f"run.{name}_*.xyz"):
+            lines = path.read_text().splitlines(keepends=True)
+            frames = ["".join(lines[k : k + 10]) for k in range(0, len(lines), 10)]
+            (folder / path.name).write_text("".join(frames[chosen]))
+    return folder
+
+
+def test_positions_and_forces_with_strides_of_their_own(crystal: Path, tmp_path: Path) -> None:
+    """They are matched by step, whichever is written more often."""
+    full = quantum_of(find_run(crystal, ZERO)).species[0]
+    assert full.kinetic is not None
+    for k, (positions, forces) in enumerate(((2, 1), (1, 2), (2, 3))):
+        kept = {"pos": slice(None, None, positions), "for": slice(None, None, forces)}
+        made = quantum_of(find_run(thinned(crystal, tmp_path / str(k), kept), ZERO)).species[0]
+        assert made.kinetic is not None
+        assert made.gyration is not None
+        common = slice(None, None, int(np.lcm(positions, forces)))
+        np.testing.assert_allclose(made.kinetic.times, full.kinetic.times[common])
+        np.testing.assert_allclose(made.kinetic.values, full.kinetic.values[common], rtol=1e-4)
+        assert len(made.gyration.times) == len(full.kinetic.times[::positions])
+
+
+def test_steps_that_do_not_match(crystal: Path, tmp_path: Path) -> None:
+    folder = thinned(crystal, tmp_path / "apart", {"pos": slice(0, None, 2), "for": slice(1, None, 2)})
+    with pytest.raises(InputError, match=r"run\.for_0\.xyz: has no step in common with run\.pos_0\.xyz"):
+        quantum_of(find_run(folder, ZERO))
+    for name in ("pos", "for"):
+        folder = thinned(crystal, tmp_path / name, {"pos": slice(None), "for": slice(None)})
+        path = folder / f"run.{name}_1.xyz"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[10:]))
+        with pytest.raises(InputError, match=rf"run\.{name}_0\.xyz: its frames do not say the same steps as those of"):
+            quantum_of(find_run(folder, ZERO))
+
+
 def test_numbers_are_those_of_the_columns(crystal: Path) -> None:
     table = np.loadtxt(crystal / "run.out")
     late = table[table[:, 1] >= 40.0]

@@ -19,6 +19,7 @@ from ase.calculators.calculator import Calculator
 from ase.data import atomic_masses
 from scipy import constants
 from scipy.linalg import expm
+from written_runs import BOHR, write_run
 
 from voltpi.analysis import ANALYSES
 from voltpi.analysis.ipi_files import read_velocities
@@ -284,6 +285,41 @@ def test_infrared_lines_of_a_molecule_are_those_of_its_hessian(molecule: Exact, 
     assert out["time_step_fs"] == pytest.approx(0.25)
     assert out["window"] == "hann"
     assert out["quantum_correction"] == "harmonic"
+
+
+def test_at_constant_displacement_the_axis_is_left_out(tmp_path: Path) -> None:
+    """M of TO modes along x and y and of an LO mode along z, as D_z held makes it; other masses for the same area."""
+    t, places = 4.0 * np.arange(2500), (160.0, 160.0, 260.0)
+    omega = 2.0 * np.pi * LIGHT * np.array(places)
+    dipole = np.sqrt(2.0 * KT * KELVIN) / omega * np.cos(t[:, None] * omega + np.array([0.3, 1.0, 2.0]))
+    positions = np.broadcast_to([[1.0, 1.0, 1.0], [3.8, 1.0, 1.0]], (2500, 2, 3))
+    folder = write_run(
+        tmp_path / "run", ["Na", "Cl"], positions, np.full(3, 8.0), 4.0, extras={"dipole": dipole / BOHR}
+    )
+    ir = ANALYSES["ir"].run
+    both = ir([folder], tmp_path / "o", temperature=KELVIN)
+    assert [round(peak["wavenumber_cm-1"], -1) for peak in both["peaks"]] == [160.0, 260.0]
+    assert both["cautions"] == []
+    (folder / "settings.yaml").write_text("model: none\ndisplacement: [null, null, 0.1]\n")
+    out = ir([folder], tmp_path / "d", temperature=KELVIN)
+    assert [round(peak["wavenumber_cm-1"], -1) for peak in out["peaks"]] == [160.0]
+    assert out["axes"] == ["x", "y"]
+    # x and y stand for all three axes: 3 · 1 e²/amu
+    assert out["sum_rule_e2_per_amu"] == pytest.approx(3.0, rel=0.02)
+    assert out["peak_km_per_mol_of_cells"][0] == pytest.approx(3.0 * 974.8801, rel=0.03)
+    assert any("the infrared spectrum is that along x, y alone" in line for line in out["cautions"])
+    assert any("caution" in line and "along x, y alone" in line for line in out["report"])
+    with (tmp_path / "d" / "ir.csv").open() as file:
+        header = file.readline()
+    assert "absorption_x_cm-1" in header
+    assert "absorption_z_cm-1" not in header
+    (folder / "settings.yaml").write_text("model: none\ndisplacement: [0, 0, 0.1]\n")
+    with pytest.raises(InputError, match="the infrared spectrum takes an axis at constant field, and there is none"):
+        ir([folder], tmp_path / "e", temperature=KELVIN)
+    # two settings of which one was not used
+    (folder / "settings-b.yaml").write_text("model: none\ndisplacement: [null, null, 0.1]\n")
+    out = ir([folder], tmp_path / "f", temperature=KELVIN)
+    assert any("whether an axis was at constant displacement is not known" in line for line in out["cautions"])
 
 
 def test_intensities_are_in_known_units() -> None:

@@ -317,6 +317,138 @@ def test_charges_that_change_are_averaged_and_said(tmp_path: Path) -> None:
     assert any("change with time, by 0.05 e" in note for note in found.notes)
 
 
+def held(folder: Path, displacement: str) -> Run:
+    (folder / "settings.yaml").write_text(f"model: none\ndisplacement: {displacement}\n")
+    return find_run(folder)
+
+
+def test_at_constant_displacement_the_axis_does_not_count(tmp_path: Path) -> None:
+    """M along it is bound, as D holds it: here it does not move at all, and the other two conduct."""
+    r = ions()
+    q = np.repeat([1.0, -1.0], PAIRS)
+    r[..., 2] -= np.outer(r[..., 2] @ q, q / len(q))
+    folder = salt(tmp_path, r % 15.0)
+    options = {"charges": folder / "q.csv", "fit": (0.05, 0.3)}
+    plain = conductivity_of(opened(folder), **options)  # type: ignore[arg-type]
+    found = conductivity_of(held(folder, "[null, null, 0.1]"), **options)  # type: ignore[arg-type]
+    assert abs(plain.collective[0].sigma_axes[2]) < 1e-9 * exact()
+    assert found.collective[0].sigma == pytest.approx(1.5 * plain.collective[0].sigma, rel=1e-9)
+    assert found.collective[0].sigma == pytest.approx(exact(), abs=3.5 * found.collective[0].error)
+    assert found.kubo.sigma == pytest.approx(1.5 * plain.kubo.sigma, rel=1e-9)
+    assert found.drift is None
+    by_axis = found.numbers()["sigma_axes_S_per_m"]["charges"]
+    assert by_axis[:2] == pytest.approx(plain.collective[0].sigma_axes[:2])
+    assert np.isnan(by_axis[2])
+    assert any("along x, y alone, at constant field there" in note for note in found.numbers()["notes"])
+    assert any("along x, y alone" in line for line in found.report())
+    header, table = found.table()
+    assert header[2] == "dM2_per_4VkTt_charges_S_per_m"
+    assert table[10, 2] == pytest.approx(1.5 * plain.table()[1][10, 2])
+    with pytest.raises(InputError, match=r"the conductivity takes an axis at constant field, and there is none"):
+        conductivity_of(held(folder, "[0, 0, 0.1]"), **options)  # type: ignore[arg-type]
+    moving = conductivity_of(held(folder, "[null, null, {ramp: {start: 0, rate: 1, until: 1}}]"), **options)  # type: ignore[arg-type]
+    assert any("one that is driven is not" in note for note in moving.notes)
+    assert not any("equilibrium" in note for note in (*found.notes, *moving.notes))
+
+
+def test_a_drift_along_the_free_axes_at_constant_displacement(tmp_path: Path) -> None:
+    r = ions()
+    q = np.repeat([1.0, -1.0], PAIRS)
+    r[..., 1] += 10.0 * np.arange(700)[:, None] * q * 2e-3
+    folder = salt(tmp_path, r % 15.0)
+    (folder / "settings.yaml").write_text("model: none\nfield: [0, 0.02, 0]\ndisplacement: [null, null, 0.1]\n")
+    found = conductivity_of(find_run(folder), charges=folder / "q.csv", fit=(0.05, 0.3))
+    alone = conductivity_of(opened(folder, (0.0, 0.02, 0.0)), charges=folder / "q.csv", fit=(0.05, 0.3))
+    assert found.drift is not None
+    assert alone.drift is not None
+    assert found.drift.sigma == pytest.approx(alone.drift.sigma, rel=1e-9)
+    assert found.drift.sigma > 24 * 2e-3 / (15.0**3 * 0.02) * SI * 0.5
+
+
+def test_a_crystal_does_not_conduct(tmp_path: Path) -> None:
+    """Vibrations have a slope of ⟨ΔM²⟩ and a running integral; without diffusion neither is a conductivity."""
+    rng = np.random.default_rng(21)
+    sites = rng.uniform(0.0, 15.0, (2 * PAIRS, 3))
+    r = lfilter([0.2], [1.0, -0.8], rng.normal(0.0, 0.5, (700, 2 * PAIRS, 3)), axis=0) + sites
+    folder = salt(tmp_path / "run", r % 15.0)
+    found = conductivity_of(opened(folder), charges=folder / "q.csv", fit=(0.01, 0.05))
+    assert all(d.fitted is None for d in found.diffusion)
+    assert all(np.isnan(e.sigma) for e in found.estimates)
+    # what it would have been
+    moment = Moment("m", "m", found.collective[0].moment.values, 10.0)
+    assert helfand(moment, 1.0 / (15.0**3 * KT), (10.0, 50.0)).sigma > 100.0
+    answer = ANALYSES["conductivity"].run(
+        [folder], tmp_path / "out", charges=str(folder / "q.csv"), field=(0.0, 0.0, 0.0)
+    )
+    assert [e["sigma_S_per_m"] for e in answer["estimates"]] == [None, None]
+    assert answer["sigma_axes_S_per_m"]["charges"] == [None, None, None]
+    assert answer["haven_ratio"] is None
+    assert any("no charged species (Na, Cl) diffuses" in note for note in answer["notes"])
+    assert any(line.startswith("Einstein-Helfand no σ") for line in answer["report"])
+    # charges that nobody knows may be those of what does not move
+    q = np.repeat([1.0, -1.0], PAIRS)
+    (folder / "q.csv").unlink()
+    dipoles = salt(tmp_path / "dipole", r % 15.0, dipole=np.einsum("n,fnk->fk", q, r) / BOHR)
+    assert np.isnan(conductivity_of(opened(dipoles)).collective[0].sigma)
+
+
+def test_lines_begin_after_a_vibration(tmp_path: Path) -> None:
+    folder = salt(tmp_path, ions())
+    found = conductivity_of(opened(folder), charges=folder / "q.csv")  # of 6.99 ps
+    assert found.collective[0].fitted == (200.0, 400.0)
+    long = salt(tmp_path / "long", ions(frames=3001))
+    found = conductivity_of(opened(long), charges=long / "q.csv")
+    assert found.collective[0].fitted == pytest.approx((300.0, 1500.0))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_breathing_cell_does_not_conduct(tmp_path: Path, stride: int) -> None:
+    """The dipole of ions that a barostat carries along, on a finer grid than their positions or on the same."""
+    q = np.repeat([1.0, -1.0], PAIRS)
+    scale = 1.0 + 0.02 * np.sin(0.3 * np.arange(700))
+    cells = 15.0 * scale[:, None] * np.ones(3)
+    r = ions() * scale[:, None, None]
+    dipole = np.einsum("n,fnk->fk", q, r + 3.0 * cells[:, None, :] * (q > 0)[:, None])
+    folder = tmp_path / "run"
+    names = ["Na"] * PAIRS + ["Cl"] * PAIRS
+    write_run(folder, names, r % cells[:, None], cells, 10.0, extras={"dipole": dipole % cells / BOHR})
+    if stride > 1:
+        frames = (folder / "run.pos_0.xyz").read_text().splitlines(keepends=True)
+        size = 2 * PAIRS + 2
+        kept = [line for k in range(0, 700, stride) for line in frames[k * size : (k + 1) * size]]
+        (folder / "run.pos_0.xyz").write_text("".join(kept))
+    (folder / "q.csv").write_text("element,charge\nNa,1\nCl,-1\n")
+    found = conductivity_of(opened(folder), charges=folder / "q.csv", fit=(0.06, 0.4))
+    of_dipole, of_charges = found.collective
+    assert [h.moment.key for h in found.collective] == ["dipole", "charges"]
+    assert of_dipole.moment.spacing == pytest.approx(10.0 * stride)
+    assert of_dipole.sigma == pytest.approx(of_charges.sigma, rel=1e-5)
+    assert any("without affine motion" in note for note in found.notes)
+    affine = helfand(Moment("m", "m", dipole, 10.0), 1.0 / (15.0**3 * KT), (60.0, 400.0))
+    assert abs(affine.sigma / of_charges.sigma - 1.0) > 0.2
+    assert affine.squares[5].sum() > 2.0 * of_dipole.squares[5 // stride].sum()
+
+
+def test_a_dipole_that_misses_the_frames_is_cautioned(tmp_path: Path) -> None:
+    q = np.repeat([1.0, -1.0], PAIRS)
+    cells = 15.0 * (1.0 + 0.02 * np.sin(0.3 * np.arange(300)))[:, None] * np.ones(3)
+    r = ions(frames=300)
+    folder = tmp_path / "run"
+    write_run(folder, ["Na"] * PAIRS + ["Cl"] * PAIRS, r % cells[:, None], cells, 10.0)
+    dipole = np.einsum("n,fnk->fk", q, r) / BOHR
+    records = [
+        f"#EXTRAS(dipole)# Step:  {k}  Bead:  0\n{' '.join(map(repr, dipole[k].tolist()))}\n" for k in range(300)
+    ]
+    (folder / "run.dipole_0").write_text("".join(records[1::2]))
+    text = (folder / "run.pos_0.xyz").read_text().splitlines(keepends=True)
+    size = 2 * PAIRS + 2
+    (folder / "run.pos_0.xyz").write_text(
+        "".join(line for k in range(0, 300, 2) for line in text[k * size : (k + 1) * size])
+    )
+    found = conductivity_of(opened(folder), fit=(0.1, 0.4))
+    assert any(note.startswith("caution: the cell changes") for note in found.notes)
+
+
 def test_the_commands(tmp_path: Path) -> None:
     folder = salt(tmp_path / "run", ions(frames=300))
     answer = ANALYSES["conductivity"].run(

@@ -23,7 +23,7 @@ from voltpi.driver.frames import evaluate_frames
 from voltpi.driver.ipi_input import read_input
 from voltpi.driver.launch import run
 from voltpi.driver.potentiostat import run_evaluator
-from voltpi.driver.schedule import refusals
+from voltpi.driver.schedule import refusals, settings_at
 from voltpi.driver.settings import Settings, load_settings
 from voltpi.potential.errors import InputError, VoltPIError
 
@@ -327,6 +327,29 @@ def test_a_ramp_from_zero_knows_about_turned_cells(tmp_path: Path) -> None:
     straight = crystal()
     with pytest.raises(InputError, match="i-PI turns the cell"):
         driver.evaluate(*wire(straight))
+
+
+FLOWING = {"short_range": {"pair": {"set": "nacl", "cutoff": 5.0}}, "charges": {"model": "pqeq", "response": "all"}}
+
+
+def test_a_ramp_that_the_charges_do_not_allow_is_refused_before_the_run(tmp_path: Path) -> None:
+    """At step 0 there is no field, and charge flows across the cell only from step 1 on."""
+    words = r"at 0\.012 ps.*charge would flow across the cell without end"
+    xml = write_run(tmp_path, SOCKET, field=[0, 0, RAMP], **FLOWING)
+    settings = load_settings(tmp_path / "settings.yaml")
+    Evaluator.from_settings(settings_at(settings), crystal())
+    with pytest.raises(InputError, match=r"settings\.yaml, line \d+: " + words):
+        run_evaluator(settings, crystal())
+    (finding,) = (f for f in check(xml) if not f.ok)
+    assert re.search(words, finding.sentence)
+    xml = write_run(tmp_path, SOCKET, field=[0, 0, RAMP])
+    assert [f.sentence for f in check(xml) if f.ok and "at 0.012 ps, when what changes is largest" in f.sentence]
+
+
+def test_a_run_with_such_a_ramp_does_not_start(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    xml = write_run(tmp_path, SOCKET, field=[0, 0, RAMP], **FLOWING)
+    assert run(xml, quiet=True) == 2
+    assert "charge would flow across the cell without end" in capfd.readouterr().err
 
 
 EXTRAS = "".join(

@@ -288,6 +288,20 @@ def test_settings_without_born_charges(driven: Path) -> None:
         launch.run(driven / "input.xml", quiet=True)
 
 
+@pytest.mark.parametrize("axes", ["[null, null, 0.1]", "[null, 0, {ramp: {start: 0, rate: 0.01, until: 0.1}}]"])
+def test_a_displacement_beside_the_driving_field(driven: Path, axes: str) -> None:
+    """Z* of i-PI's force is that at constant field, also along axes where D is held."""
+    atoms = bulk("NaCl", "rocksalt", a=5.64, cubic=True)
+    write(driven / "start.xyz", atoms, format="extxyz")
+    changes = ("charges: {model: pqeq}", f"charges: {{model: pqeq}}\ndisplacement: {axes}")
+    found(driven, ("field: 0 0 0", "precision: double"))
+    problems, _ = found(driven, changes, file="settings.yaml")
+    named = "along z, where" if "null, null" in axes else "along y, z, where"
+    assert [p for p in problems if named in p and "remove displacement, or drive by a displacement" in p], problems
+    with pytest.raises(InputError, match=r"force Z\*·ε is wrong"):
+        launch.run(driven / "input.xml", quiet=True)
+
+
 def test_contracted_beads(driven: Path) -> None:
     changes = (("nbeads='1'", "nbeads='4'"), ("<force forcefield='ff'/>", "<force forcefield='ff' nbeads='2'/>"))
     problems, _ = found(driven, *changes)

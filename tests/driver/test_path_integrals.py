@@ -13,19 +13,22 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
+from ase.io import read
 
 from voltpi.analysis.fields import field_of
 from voltpi.analysis.quantum import quantum_of
+from voltpi.analysis.run_inputs import given_to_drivers
 from voltpi.analysis.runs import find_run, find_runs
 from voltpi.driver import evaluator as evaluator_module
-from voltpi.driver import launch
+from voltpi.driver import launch, pes
 from voltpi.driver.check import check
 from voltpi.driver.client import UnixAddress, serve
 from voltpi.driver.evaluator import Evaluator
-from voltpi.driver.ipi_input import read_input
+from voltpi.driver.ipi_input import overrides_of, read_input
 from voltpi.driver.protocol import encode_extras
+from voltpi.driver.run_setup import describe_run
 from voltpi.driver.settings import Settings, load_settings
-from voltpi.potential.errors import VoltPIError
+from voltpi.potential.errors import InputError, VoltPIError
 
 from ipi_runs import LIMIT, unix, write_input
 from toy import ToyEvaluator
@@ -194,6 +197,133 @@ def test_a_driver_started_by_hand_takes_the_parameters_that_ipi_sends(tmp_path: 
     assert told == [{"field": "0 0 0.1", "charges.net_charge": "1.0"}]
     assert wrong.structures == 0
     assert ipi.wait(LIMIT) == 0
+
+
+def write_two(folder: Path, xml: str) -> list[Atoms]:
+    """Two systems: rattled rock salt, and the same atoms in reverse order."""
+    one = bulk("NaCl", "rocksalt", a=5.64, cubic=True)
+    one.rattle(0.05, seed=1)
+    starts = [one, one[::-1]]
+    for name, start in zip(("0", "0.02"), starts, strict=True):
+        start.write(folder / f"start-{name}.xyz")
+    (folder / "settings.yaml").write_text("short_range: {pair: {set: nacl}}\n")
+    (folder / "in.xml").write_text(xml.replace(" start.xyz ", " start-FIELD.xyz "))
+    return starts
+
+
+def test_each_system_has_a_driver_of_its_own_start(tmp_path: Path) -> None:
+    starts = write_two(tmp_path, SWEEP.format(forcefields=socket("0") + socket("0.02")))
+    xml = tmp_path / "in.xml"
+    plan = read_input(xml)
+    assert {name: path.name for name, path in plan.templates.items()} == {
+        "ff-0": "start-0.xyz",
+        "ff-0.02": "start-0.02.xyz",
+    }
+    assert not [f.sentence for f in check(xml) if not f.ok]
+    assert launch.run(xml, quiet=True) == 0
+    restart = tmp_path / "RESTART"
+    restart.write_text(restart.read_text().replace("<total_steps>2<", "<total_steps>3<"))
+    assert not [f.sentence for f in check(restart) if not f.ok]
+    assert launch.run(restart, quiet=True) == 0
+    for run, start, field in zip(find_runs([tmp_path]), starts, (0.0, 0.02), strict=True):
+        (given,) = given_to_drivers(tmp_path, run.outputs)
+        assert given.template is not None
+        assert list(read(given.template).symbols) == list(start.symbols)
+        settings = load_settings(None, {"short_range": {"pair": {"set": "nacl"}}, "field": [field, 0, 0]})
+        (expected,) = Evaluator.from_settings(settings, start).evaluate(
+            np.asarray(start.cell).T[None] / BOHR, start.positions[None] / BOHR
+        )
+        potential = run.table().get("potential")
+        assert len(potential) == 4
+        assert potential[0] == pytest.approx(expected.energy * HARTREE, abs=1e-6)
+        # velocities of 100 K move little energy in 3 fs; charges on wrong atoms would move much
+        assert potential[-1] == pytest.approx(potential[0], abs=0.2)
+
+
+def test_systems_of_different_atoms_do_not_share_a_driver(tmp_path: Path) -> None:
+    one = "<ffsocket name='ff' mode='unix'> <address>ff</address> </ffsocket>"
+    starts = write_two(tmp_path, SWEEP.format(forcefields=one).replace("ff-FIELD", "ff"))
+    words = (
+        "in.xml: <force forcefield='ff'> stands in systems of different atoms (atom 0 is Na in start-0.xyz and Cl in "
+        "start-0.02.xyz), but a driver is prepared for one list of atoms; give each system a forcefield of its own, "
+        "or the same atoms in the same order"
+    )
+    (finding,) = check(tmp_path / "in.xml")
+    assert finding.sentence == words
+    starts[1][:-1].write(tmp_path / "start-0.02.xyz")
+    with pytest.raises(InputError, match=r"8 atoms in start-0\.xyz and 7 in start-0\.02\.xyz"):
+        launch.run(tmp_path / "in.xml", quiet=True)
+    starts[0].write(tmp_path / "start-0.02.xyz")
+    assert read_input(tmp_path / "in.xml").template_of("ff") == tmp_path / "start-0.xyz"
+
+
+def test_each_system_is_compared_with_the_template_of_its_ffdirect(tmp_path: Path) -> None:
+    both = "".join(
+        f"<ffdirect name='ff-{name}'> <pes>custom</pes> <pes_path>{pes.__file__}</pes_path> "
+        f"<parameters>{{settings: settings.yaml, template: start-{start}.xyz}}</parameters> </ffdirect>"
+        for name, start in (("0", "0"), ("0.02", "0"))
+    )
+    write_two(tmp_path, SWEEP.format(forcefields=both))
+    wrong = [f.sentence for f in check(tmp_path / "in.xml") if not f.ok]
+    assert len(wrong) == 1
+    assert "<ffdirect name='ff-0.02'>: its template has 8 atoms" in wrong[0]
+    with pytest.raises(InputError, match=r"<ffdirect name='ff-0\.02'>: its template has 8 atoms"):
+        launch.run(tmp_path / "in.xml", quiet=True)
+
+
+@pytest.mark.parametrize("key", ["settings", "template"])
+def test_a_socket_takes_no_files_in_its_parameters(tmp_path: Path, key: str) -> None:
+    """The line is easily copied from an <ffdirect>."""
+    xml = write_input(tmp_path, unix(f"<parameters>{{{key}: other.file, field: 0 0 0.1}}</parameters>"))
+    with pytest.raises(InputError) as raised:
+        read_input(xml)
+    assert str(raised.value) == (
+        f"in.xml, <ffsocket name='ff'>: <parameters> of an <ffsocket> name the {key} other.file, as those of an "
+        "<ffdirect> do; remove it: `voltpi run` takes settings-NAME.yaml (of <ffsocket name='NAME'>) or settings.yaml "
+        "beside the XML and the structure of <initialize>, `voltpi drive` what --settings and --template say"
+    )
+    with pytest.raises(InputError, match=key):  # what i-PI sends to a driver started by hand
+        overrides_of({key: "other.file"})
+
+
+def test_parameters_that_bring_a_schedule_forbid_reconnects(tmp_path: Path, processes) -> None:
+    class Counting(ToyEvaluator):
+        counts_structures = True
+
+    write_input(tmp_path, unix("<parameters>{field.2.ramp.rate: 0.1}</parameters>"))
+    processes.ipi(tmp_path / "in.xml")
+    address = UnixAddress("argon", processes.prefix)
+    with pytest.raises(InputError, match="would have lost count; leave --reconnects at 0"):
+        serve(
+            ToyEvaluator(8), address, wait=LIMIT, reconnects=1, with_parameters=lambda _: Counting(8),
+            report=lambda _: None,
+        )  # fmt: skip
+
+
+def test_paths_in_parameters_are_relative_to_the_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    parameters = "displacement: null null 0.05, polarization_reference: reference.xyz"
+    folder = tmp_path / "run"
+    folder.mkdir()
+    start = bulk("NaCl", "rocksalt", a=5.64, cubic=True)
+    start.set_initial_charges([1.0 if s == "Na" else -1.0 for s in start.symbols])
+    start.write(folder / "reference.xyz")
+    start.rattle(0.05, seed=1)
+    start.write(folder / "start.xyz")
+    (folder / "settings.yaml").write_text("short_range: {pair: {set: nacl}}\ncharges: {model: fixed}\n")
+    xml = write_crystal_input(folder)
+    xml.write_text(xml.read_text().replace("</ffsocket>", f"<parameters>{{{parameters}}}</parameters></ffsocket>"))
+    monkeypatch.chdir(tmp_path)
+    assert not [f.sentence for f in check("run/in.xml") if not f.ok]
+    assert launch.run("run/in.xml", quiet=True) == 0
+    assert capfd.readouterr().err == ""
+    (given,) = given_to_drivers(Path("run"), [Path("run/run.out")])
+    assert describe_run(given).start == read(folder / "start.xyz")
+    nested = load_settings(None, {"charges": {"parameters": "own.yaml"}}, folder=folder)
+    assert nested.charges.parameters == str(folder / "own.yaml")
+    assert load_settings(None, ["charges.parameters=own.yaml"]).charges.parameters == "own.yaml"
+    assert load_settings(None, ["charges.parameters=default"], folder=folder).charges.parameters == "default"
 
 
 def test_templates_that_cannot_be(tmp_path: Path) -> None:

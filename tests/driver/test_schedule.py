@@ -24,7 +24,7 @@ from voltpi.driver.client import UnixAddress, serve
 from voltpi.driver.evaluator import BOHR, HARTREE, Evaluator
 from voltpi.driver.ipi_input import read_input
 from voltpi.driver.potentiostat import run_evaluator
-from voltpi.driver.schedule import Scheduled, Steps, value_at
+from voltpi.driver.schedule import Scheduled, Steps, extreme_times, outside_at, value_at
 from voltpi.driver.settings import Clock, Settings, load_settings
 from voltpi.potential.errors import InputError, VoltPIError
 
@@ -149,6 +149,27 @@ def test_a_driver_that_counts_may_not_connect_again() -> None:
 
     with pytest.raises(InputError, match="would have lost count; leave --reconnects at 0"):
         serve(Counting(), UnixAddress("nowhere"), reconnects=1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "time"),
+    [
+        ({"ramp": {"start": 0, "rate": 0.1, "until": 0.5}}, 5.0),
+        ({"ramp": {"start": -0.5, "rate": 0.1, "until": 0.5}}, None),
+        ({"square": {"low": -0.1, "high": 0.2, "period": 3}}, 1.5),
+        ({"square": {"low": -0.3, "high": 0.2, "period": 3}}, None),
+        ({"cyclic": {"low": -0.1, "high": 0.2, "start": 0.1, "rate": 0.1}}, 1.0),
+        ({"cyclic": {"low": -0.3, "high": 0.2, "start": 0.1, "rate": 0.1}}, 6.0),
+        ({"table": {"times": [-9, 1, 2, 3], "values": [90, 0, -4, 3]}}, None),
+        ({"table": {"times": [0, 1, 2, 3], "values": [0, 1, -4, 3]}}, 2.0),
+    ],
+)
+def test_when_something_is_largest(shape: Any, time: float | None) -> None:
+    settings = load_settings(overrides={"charges.model": "fixed", "field": [0, shape, 0.1]})
+    assert extreme_times(settings) == ([] if time is None else [pytest.approx(time, abs=1e-12)])
+    if time is not None:
+        fields = np.abs(outside_at(settings, np.linspace(0, 12, 2401))["fields"][:, 1])
+        assert abs(outside_at(settings, np.array([time]))["fields"][0, 1]) == pytest.approx(fields.max(), abs=1e-12)
 
 
 # in i-PI --------------------------------------------------------------------------------------------------------------
