@@ -119,7 +119,9 @@ class Absorption:
 
     @property
     def n_alpha(self) -> float:
-        """Refractive index times absorption coefficient, cm⁻¹."""
+        """Refractive index times absorption coefficient, cm⁻¹; nan where the run ends within the pulse."""
+        if self.driving.is_pulse and self.time[-1] < self.driving.peak + 2.0 * self.driving.sigma:
+            return float("nan")
         return float(self.work[-1]) / self.volume / self.fluence * _PER_CM
 
     def numbers(self) -> dict[str, Any]:
@@ -176,7 +178,10 @@ class Absorption:
                 f"the pulse): absorbed {s.absorbed:.6g} eV, which differs from the work by "
                 f"{abs(s.absorbed - end) / abs(end):.1e}"
             )
-        lines.append(f"absorption (refractive index times coefficient): {self.n_alpha:.4g} cm⁻¹")
+        if np.isfinite(self.n_alpha):
+            lines.append(f"absorption (refractive index times coefficient): {self.n_alpha:.4g} cm⁻¹")
+        else:
+            lines.append("the run ends within the pulse: no absorption coefficient")
         chi = self.susceptibility
         if chi is not None:
             lines.append(

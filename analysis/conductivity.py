@@ -272,8 +272,9 @@ def conductivity_of(
 
     ``charges``: a file (``voltpi.analysis.charges_of``), beside what the run wrote; ``fit`` (ps): between which times,
     else from 1/100 to 1/20 of the trajectory, but from 0.2 ps (a vibration) at the least, and then to 0.4 ps; ``by``
-    and ``hop``: see ``voltpi.analysis.transport``. Every σ is nan where no charged species diffuses. Raises InputError
-    where no M can be made, where no axis is at a constant field, or as ``helfand`` does.
+    and ``hop``: see ``voltpi.analysis.transport``. Every σ is nan where no charged species diffuses,
+    unless ``fit`` is given. Raises InputError where no M can be made, where no axis is at a constant field, for a run
+    too short, or as ``helfand`` does.
     """
     free, cautions = free_axes(run.applied, str(run.folder), "the conductivity")
     path = unwrapped(run, skip)
@@ -282,6 +283,11 @@ def conductivity_of(
     length = (len(moments[0].values) - 1) * moments[0].spacing
     first = max(length / 100.0, _VIBRATION)
     limits = (first, max(length / 20.0, 2.0 * first)) if fit is None else (1000.0 * fit[0], 1000.0 * fit[1])
+    if fit is None and length <= 2.0 * limits[1]:
+        raise InputError(
+            f"{run.folder}: {length / 1000:.4g} ps are too short for a conductivity, which is fitted from "
+            f"{limits[0] / 1000:g} to {limits[1] / 1000:g} ps; let it run longer, or give --fit FROM TO in ps"
+        )
     volume = float(path.volume.mean())
     scale = 1.0 / (volume * _KB * kelvin)
     notes += cautions
@@ -310,16 +316,23 @@ def conductivity_of(
         )
     charged = [d for d, q in zip(done, carried, strict=True) if not abs(q) <= _NEUTRAL]
     if charged and all(d.fitted is None for d in charged):
-        nan = float("nan")
-        collective = tuple(
-            dataclasses.replace(h, sigma=nan, error=nan, sigma_axes=h.sigma_axes * nan) for h in collective
-        )
-        kubo, drift = dataclasses.replace(kubo, sigma=nan, error=nan), None
-        notes.append(
-            f"no conductivity: no charged species ({', '.join(d.name for d in charged)}) diffuses in this run, whose "
-            f"MSD would have to pass {0.5 * hop**2:.3g} Å² (half of --hop squared) and rise by as much again; let it "
-            "run longer, or take it for an insulator"
-        )
+        names = ", ".join(d.name for d in charged)
+        needed = f"MSD would have to pass {0.5 * hop**2:.3g} Å² (half of --hop squared) and rise by as much again"
+        if fit is None:
+            nan = float("nan")
+            collective = tuple(
+                dataclasses.replace(h, sigma=nan, error=nan, sigma_axes=h.sigma_axes * nan) for h in collective
+            )
+            kubo, drift = dataclasses.replace(kubo, sigma=nan, error=nan), None
+            notes.append(
+                f"no conductivity: no charged species ({names}) diffuses in this run, whose {needed}; let it run "
+                "longer, or take it for an insulator"
+            )
+        else:
+            notes.append(
+                f"no charged species ({names}) diffuses in this run, whose {needed}: what the window of --fit gives is "
+                "of vibrations rather than of conduction"
+            )
     return Conductivity(
         kelvin,
         volume,

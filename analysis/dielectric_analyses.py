@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from voltpi.analysis.kinds import CHARGES, FIELD, SKIP, TEMPERATURE, Analysis, Option
-from voltpi.analysis.output import checked_skip, output_stem, write_results
+from voltpi.analysis.output import beside, checked_skip, output_stem, write_results
 from voltpi.potential.errors import InputError
 
 __all__ = ["DIELECTRIC", "analyze_dielectric", "analyze_double_well", "analyze_hysteresis"]
@@ -49,7 +49,7 @@ def analyze_dielectric(
         for run in find_runs(list(paths), field)
     ]
     result = dielectric_of(runs, component)
-    stem = output_stem(out, _beside(paths), "dielectric")
+    stem = output_stem(out, beside(paths), "dielectric")
     return write_results(stem, result.numbers(), result.report(), *result.table(), draw_dielectric(result, stem))
 
 
@@ -105,13 +105,8 @@ def analyze_double_well(
     runs = find_runs(list(paths))
     points = [points_of(run, checked_skip(skip), relaxed=relaxed, bins=int(bins)) for run in runs]
     well = double_well(points, symmetric=symmetric, degree=int(degree))
-    stem = output_stem(out, _beside(paths), "double-well")
+    stem = output_stem(out, beside(paths), "double-well")
     return write_results(stem, well.numbers(), well.report(), *well.table(), draw_double_well(well, stem))
-
-
-def _beside(paths: Sequence[Path]) -> Path:
-    """The one folder that was given, else the folder of the first of several, or of files."""
-    return paths[0] if len(paths) == 1 and paths[0].is_dir() else paths[0].resolve().parent
 
 
 ELECTRONIC = Option("electronic", "ε∞, where the runs did not write the polarizability")

@@ -144,6 +144,13 @@ class DoubleWell:
             )
         if not lines:
             lines.append("the field does not vanish between the points: go on to larger |D|")
+        if np.isfinite(self.barrier) and not self.barrier > 2.0 * self.barrier_error:
+            lines.append(
+                "the barrier below is not beyond its error: are both wells within the range of D (or --symmetric), and "
+                "the runs long enough?"
+            )
+        elif len(self.stationary) > 3:
+            lines.append("more than two minima: noise of short runs, or --bins too many; trust no barrier")
         if np.isfinite(self.barrier):
             scaled = plus_minus(self.barrier * 1000.0, self.barrier_error * 1000.0, ".3f")
             lines.append(f"barrier       {scaled} meV per cell of {self.volume:.2f} Å³")

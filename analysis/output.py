@@ -12,7 +12,7 @@ import numpy as np
 
 from voltpi.potential.errors import InputError
 
-__all__ = ["checked_skip", "output_stem", "write_results", "write_table"]
+__all__ = ["beside", "checked_skip", "output_stem", "write_results", "write_table"]
 
 
 def checked_skip(skip: float) -> float:
@@ -22,9 +22,14 @@ def checked_skip(skip: float) -> float:
     return skip
 
 
-def output_stem(out: Path | None, beside: Path, name: str) -> Path:
-    """Path of results without suffix, in ``out`` (made if need be) or ``beside``. Raises InputError."""
-    folder = beside if out is None else out
+def beside(paths: Sequence[Path]) -> Path:
+    """Where results of several runs go: the one folder given, else that which holds the first of several, or files."""
+    return paths[0] if len(paths) == 1 and paths[0].is_dir() else paths[0].resolve().parent
+
+
+def output_stem(out: Path | None, folder: Path, name: str) -> Path:
+    """Path of results without suffix, in ``out`` (made if need be) or ``folder``. Raises InputError."""
+    folder = folder if out is None else out
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -193,6 +193,8 @@ def _series(
                 values = run.properties.get(title, family, unit)
                 times = run.times(run.properties.get("step"))
                 late = times >= times[0] + skip
+                if not late.any():
+                    raise InputError(f"skip is {skip:g} fs but the run is {np.ptp(times):g} fs long: skip less")
                 atoms = symbols.count(element) if name == "kinetic_cv" else 1
                 return Series(times[late], values[late] / atoms, f"{run.properties.path.name}, {title}")
     for path in run.vectors.get(name, ()):

@@ -19,7 +19,7 @@ from voltpi.analysis.chemiscope_analyses import CHEMISCOPE
 from voltpi.analysis.dielectric_analyses import DIELECTRIC
 from voltpi.analysis.dipole_analyses import DIPOLES
 from voltpi.analysis.kinds import AUDIT, BIN, CHARGES, EMPTY, FIELD, SKIP, TEMPERATURE, Analysis, Option
-from voltpi.analysis.output import checked_skip, output_stem, write_results
+from voltpi.analysis.output import beside, checked_skip, output_stem, write_results
 from voltpi.analysis.quantum_analyses import QUANTUM
 from voltpi.analysis.spectra_analyses import SPECTRA
 from voltpi.analysis.transport_analyses import TRANSPORT
@@ -74,7 +74,7 @@ def analyze_field_response(paths: Sequence[Path], out: Path | None = None, *, sk
         raise InputError(f"field-response takes two or more folders of runs at different fields, but {wrong}")
     summaries = [summarize(run, checked_skip(skip)) for run in runs]
     response = field_response(summaries)
-    stem = output_stem(out, paths[0].resolve().parent, "field-response")
+    stem = output_stem(out, beside(paths), "field-response")
     numbers = response.numbers() | {"runs": [summary.numbers() for summary in summaries]}
     table = np.column_stack([response.fields, response.dipoles, response.errors])
     header = ["field_V_per_A", "dipole_per_molecule_eA", "error_eA"]

@@ -60,7 +60,8 @@ def alike(first: Atoms, other: Atoms, settings: Settings) -> bool:
 def record(response: Response, volume: float, seconds: float) -> dict[str, Any]:
     """One structure's answer as numbers and lists.
 
-    ``field`` (V/Å) is there in a field or at a displacement. ``stress`` has ASE's sign (−virial/volume; 0 without a volume) and symmetry: the mean of the two sides.
+    ``field`` (V/Å) is there in a field or at a displacement. ``stress`` has ASE's sign (−virial/volume; 0 without a
+    volume) and symmetry: the mean of the two sides.
     """
     virial = response.virial[0].detach().cpu().numpy()
     virial = 0.5 * (virial + virial.T)

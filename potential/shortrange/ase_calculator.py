@@ -45,7 +45,13 @@ class ASEModel(WholeModel):
             make = getattr(importlib.import_module(module_name), function)
         except (ImportError, AttributeError) as error:
             raise InputError(f"short_range.foundation is {name}: {error}; write ase:module:function") from None
-        calculator = make()
+        try:
+            calculator = make()
+        except Exception as error:  # whatever somebody else's code raises
+            raise InputError(
+                f"short_range.foundation is {name}, but {function}() raises {type(error).__name__}: {error}; it "
+                "must be callable without arguments and return an ASE calculator"
+            ) from error
         if not hasattr(calculator, "get_potential_energy"):
             raise InputError(
                 f"short_range.foundation is {name}, but {function}() returns {type(calculator).__name__}: it must "

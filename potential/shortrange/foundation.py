@@ -15,6 +15,7 @@ These models hold the electrostatics of zero field in themselves. Charges beside
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from voltpi.potential.errors import InputError
 from voltpi.potential.systems import Systems
 
-__all__ = ["EdgeModel", "WholeModel", "import_package", "load_foundation"]
+__all__ = ["EdgeModel", "WholeModel", "import_package", "load_foundation", "missing_package"]
 
 
 class EdgeModel(nn.Module):
@@ -78,10 +79,22 @@ def import_package(module: str, package: str, extra: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise InputError(
-            f"short_range.foundation is {name}, which needs the package {package} ({error}): "
-            f"pip install 'voltpi[{extra}]'"
-        ) from None
+        raise InputError(_not_installed(name, package, extra, str(error))) from None
+
+
+def missing_package(name: str) -> str:
+    """Why the package of the model that ``short_range.foundation`` names cannot be imported, or an empty string.
+
+    Imports nothing; also empty for a name that :func:`load_foundation` refuses.
+    """
+    package, extra = _PACKAGES.get(name.partition(":")[0].partition("-")[0], ("", ""))
+    if not package or importlib.util.find_spec(package) is not None:
+        return ""
+    return _not_installed(name, package, extra, f"No module named '{package}'")
+
+
+def _not_installed(name: str, package: str, extra: str, why: str) -> str:
+    return f"short_range.foundation is {name}, which needs the package {package} ({why}): pip install 'voltpi[{extra}]'"
 
 
 def load_foundation(name: str, *, precision: str = "mixed") -> EdgeModel | WholeModel:
@@ -128,4 +141,6 @@ _LOADERS: dict[str, Callable[[str, str, torch.dtype], EdgeModel | WholeModel]] =
     "chgnet-r2scan": _chgnet,
     "ase": _ase,
 }
+# by the first word of the name: the package and the extra of VoltPI that installs it
+_PACKAGES = {"sevennet": ("sevenn", "sevennet"), "chgnet": ("chgnet", "chgnet")}
 _NEED_MORE = ("sevennet", "ase")

@@ -373,8 +373,7 @@ def test_a_crystal_does_not_conduct(tmp_path: Path) -> None:
     folder = salt(tmp_path / "run", r % 15.0)
     found = conductivity_of(opened(folder), charges=folder / "q.csv", fit=(0.01, 0.05))
     assert all(d.fitted is None for d in found.diffusion)
-    assert all(np.isnan(e.sigma) for e in found.estimates)
-    # what it would have been
+    assert any("vibrations rather than of conduction" in note for note in found.notes)  # a window that was asked for
     moment = Moment("m", "m", found.collective[0].moment.values, 10.0)
     assert helfand(moment, 1.0 / (15.0**3 * KT), (10.0, 50.0)).sigma > 100.0
     answer = ANALYSES["conductivity"].run(

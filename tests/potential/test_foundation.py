@@ -164,6 +164,7 @@ def test_any_ase_calculator(tmp_path, monkeypatch):
         ("ase:no_such_module:make", "No module named 'no_such_module'"),
         ("ase:ase.calculators.lj:nothing", "has no attribute 'nothing'"),
         ("ase:ase.build:molecule_names", "molecule_names"),
+        ("ase:math:cos", "callable without arguments"),
     ],
 )
 def test_names_that_cannot_be(name, said):
