@@ -292,6 +292,7 @@ def _check_input(path: Path, template: str | Path | None) -> Iterator[Finding]:
         yield Finding(False, f"{path}: i-PI does not accept it ({sentence}); see i-PI's reference for that tag")
     else:
         yield Finding(True, f"{path}: well-formed, and i-PI knows its tags")
+    yield from (Finding(False, sentence) for sentence in plan.problems)
     from voltpi.driver.launch import RunRecord
 
     try:
@@ -476,11 +477,16 @@ def _against(
 
 
 def refuse_starts(plan: RunInput, settings: Mapping[str, Path]) -> None:
-    """Raises InputError where i-PI would do what the boundary or field of a forcefield of ours does not allow.
+    """Raises InputError where i-PI would stop, or do what the boundary or field of a forcefield of ours forbids.
 
-    ``settings`` are the files of the ``<ffsocket>``s, by name. What else is wrong with them is left to the drivers.
+    Also where the package of a foundation model is missing. ``settings`` are the files of the ``<ffsocket>``s, by name.
+    What else is wrong with them is left to the drivers.
     """
     from voltpi.driver.structures import read_structures
+
+    for sentence in plan.problems:
+        raise InputError(sentence)
+    _refuse_missing_packages(plan, settings)
 
     def of_socket(ff: SocketForceField) -> tuple[Settings, Atoms]:
         start = plan.template_of(ff.name)
@@ -499,4 +505,26 @@ def refuse_starts(plan: RunInput, settings: Mapping[str, Path]) -> None:
             continue
         # what else there is to say about a checkpoint was said about its input
         for sentence in schedule_refusals(plan, ff, own) if plan.is_checkpoint else _against(plan, ff, own, atoms):
+            raise InputError(f"{plan.path.name}, {name}: {sentence}")
+
+
+def _refuse_missing_packages(plan: RunInput, settings: Mapping[str, Path]) -> None:
+    files = [
+        (f"<ffsocket name='{ff.name}'>", settings[ff.name], ff.overrides) for ff in plan.sockets if ff.name in settings
+    ]
+    files += [
+        (f"<ffdirect name='{d.name}'>", plan.folder / str(d.parameters["settings"]), d.overrides)
+        for d in plan.direct
+        if d.ours
+    ]
+    for name, file, overrides in files:
+        try:
+            own = load_settings(file, overrides, origin="<parameters>", folder=plan.folder)
+        except InputError:
+            continue
+        if own.short_range is None or own.short_range.foundation is None:
+            continue
+        from voltpi.potential.shortrange.foundation import missing_package  # with torch, which takes a second
+
+        if sentence := missing_package(own.short_range.foundation):
             raise InputError(f"{plan.path.name}, {name}: {sentence}")

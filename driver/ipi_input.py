@@ -5,6 +5,9 @@ Read before anything is started, so that mistakes cost a sentence instead of a r
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import io
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping
@@ -37,6 +40,17 @@ _PES_FILE = Path(__file__).with_name("pes.py")
 # of <parameters>, no settings: the files of VoltPI's PES, and what i-PI itself wants to know
 _FILES = ("settings", "template")
 _OF_IPI = frozenset({"verbose", "verbosity"})
+# kinds of what stands in these tags, and i-PI's names of the units that people abbreviate
+_KINDS = {"timestep": "time", "tau": "time", "time": "time", "temperature": "temperature", "pressure": "pressure"}
+_UNITS = {"fs": "femtosecond", "ps": "picosecond", "k": "kelvin", "gpa": "gigapascal", "mpa": "megapascal"}
+_COMMON_UNITS = {"time": "femtosecond", "temperature": "kelvin", "pressure": "megapascal"}
+# of <dynamics>: which need a temperature, and which barostats belong to those that change the cell
+_AT_TEMPERATURE = ("nvt", "nvt-cc", "npt", "nst", "sc", "scnpt", "eda-nvt")
+_BAROSTATS = {
+    "npt": ("isotropic", "flexible", "anisotropic", "stochastic-rescaling"),
+    "nst": ("anisotropic",),
+    "scnpt": ("sc-isotropic",),
+}
 
 
 @dataclass(frozen=True)
@@ -167,6 +181,7 @@ class RunInput:
     time: float | None = None  # fs, where a checkpoint says it
     masses: tuple[tuple[int, tuple[float, ...]], ...] = ()  # amu, given by hand: (index, one mass) or (-1, all masses)
     extras: frozenset[str] = frozenset()  # what <trajectory extra_type=…> asks of the drivers
+    problems: tuple[str, ...] = ()  # at which i-PI would stop before its first step, each with the fix
 
     @property
     def held(self) -> frozenset[int]:
@@ -256,6 +271,7 @@ def read_input(xml: str | Path) -> RunInput:
         raise InputError(f"{path.name}: the outermost tag is <{root.tag}> and not <simulation>; give an i-PI input")
     tags = _Tags(path.name, root)
     fill_templates(root, path.name)
+    _refuse_units(tags)
     prefix = _prefix(root)
     sockets = tuple(_socket(tags, element) for element in root.iter("ffsocket"))
     direct = tuple(_direct(tags, element, path.parent) for element in root.iter("ffdirect"))
@@ -295,6 +311,7 @@ def read_input(xml: str | Path) -> RunInput:
             for element in root.iter("trajectory")
             if (element.text or "").strip().startswith("extras") and element.get("extra_type", "").strip()
         ),
+        problems=tuple(dict.fromkeys(f"{path.name}: {sentence}" for sentence in _problems(root, n_beads))),
     )
 
 
@@ -448,6 +465,62 @@ def _quantities(element: ET.Element | None, kind: str, unit: str) -> tuple[float
         return tuple(float(unit_to_user(kind, unit, factor * float(word))) for word in words_of(element.text))
     except (ValueError, TypeError, KeyError):
         return ()  # i-PI says what is wrong with it
+
+
+def _refuse_units(tags: _Tags) -> None:
+    """Raises InputError for a unit that i-PI does not know."""
+    from ipi.utils.units import unit_to_internal
+
+    for element in tags.root.iter():
+        kind, unit = _KINDS.get(element.tag), element.get("units")
+        if kind is None or unit is None:
+            continue
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # i-PI prints its table of units
+                unit_to_internal(kind, unit, 1.0)
+        except (ValueError, TypeError, KeyError):
+            known = _UNITS.get(unit.strip().lower(), _COMMON_UNITS[kind])
+            raise tags.fail(element.tag, f"has units='{unit}': unit '{unit}' is unknown; write {known}") from None
+
+
+def _problems(root: ET.Element, n_beads: int) -> Iterator[str]:
+    """Why i-PI would stop before its first step, as far as its parser does not say it."""
+    names = [top.get("name", "").strip() for top in root if top.tag.lower().startswith("ff")]
+    for system in root.iterfind("system"):
+        for force in (*system.iterfind("forces/force"), *system.iterfind("ensemble/bias/force")):
+            if (name := force.get("forcefield", "").strip()) not in names:
+                close = difflib.get_close_matches(name, names, 1)
+                fix = f"did you mean {close[0]}?" if close else f"give one of {', '.join(names)}"
+                yield f"<force forcefield='{name}'> names no forcefield; {fix}"
+        temperature = system.find("ensemble/temperature")
+        values = _quantities(temperature, "temperature", "kelvin")
+        given = temperature is not None and bool((temperature.text or "").strip()) and not any(v < 0 for v in values)
+        for tag, default in (("dynamics", "nve"), ("driven_dynamics", "eda-nve")):
+            moved = (motion for motion in system.iter("motion") if motion.get("mode", "dynamics").strip() == tag)
+            for dynamics in (part for motion in moved for part in motion.iterfind(tag)):
+                mode = dynamics.get("mode", default).strip()
+                if not given and (mode in _AT_TEMPERATURE or (mode == "nve" and n_beads > 1)):
+                    beads = f" with {n_beads} beads" if mode == "nve" else ""
+                    yield (
+                        f"<{tag} mode='{mode}'>{beads} needs a temperature, but <ensemble> has none; add <temperature "
+                        "units='kelvin'> 300 </temperature> to <ensemble>"
+                    )
+                yield from _barostat_problems(dynamics, mode)
+
+
+def _barostat_problems(dynamics: ET.Element, mode: str) -> Iterator[str]:
+    allowed = _BAROSTATS.get(mode)
+    if allowed is None:
+        return
+    barostat = dynamics.find("barostat")
+    have = "dummy" if barostat is None else barostat.get("mode", "dummy").strip()
+    if have == "dummy" or (mode == "nst" and have not in allowed):
+        what = "has no <barostat>"
+        if barostat is not None:
+            given = f"<barostat mode='{have}'>" if "mode" in barostat.attrib else "a <barostat> without mode"
+            what = f"has {given}"
+        choice = f"'{allowed[0]}'" + (f" (or {', '.join(allowed[1:])})" if allowed[1:] else "")
+        yield f"<dynamics mode='{mode}'> {what}; give it a <barostat mode={choice}>"
 
 
 def _masses(root: ET.Element) -> Iterator[tuple[int, tuple[float, ...]]]:

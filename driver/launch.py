@@ -497,7 +497,7 @@ class _Session:
         if not self._has_restart():
             return ""
         step, finite = checkpoint_state(self.plan.folder / "RESTART")
-        if not finite or step >= self.plan.steps:
+        if not finite or not 0 < step < self.plan.steps:
             return ""
         restart = os.path.relpath(self.plan.folder / "RESTART")
         return f"; the state of step {step} of {self.plan.steps} is kept, continue with `voltpi run {restart}`"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -339,6 +340,80 @@ def test_check_finds_it(run_folder: Path, file: str, old: str, new: str, words: 
     found = problems(run_folder / "input.xml")
     assert any(words in sentence for sentence in found), found
     assert main(["check", str(run_folder / "input.xml")]) == 2
+
+
+NVE = "<dynamics mode='nve'>"
+NO_TEMPERATURE = ("<temperature units='kelvin'> 300 </temperature>", "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([(NVE, "<dynamics mode='nvt'>"), NO_TEMPERATURE], "<dynamics mode='nvt'> needs a temperature"),
+        ([("nbeads='1'", "nbeads='4'"), NO_TEMPERATURE], "with 4 beads needs a temperature"),
+        ([("forcefield='ff'", "forcefield='fff'")], "<force forcefield='fff'> names no forcefield; did you mean ff?"),
+        ([(NVE, "<dynamics mode='npt'>")], "<dynamics mode='npt'> has no <barostat>; give it a <barostat mode='iso"),
+        ([(NVE, "<dynamics mode='npt'> <barostat> </barostat>")], "has a <barostat> without mode"),
+        ([(NVE, "<dynamics mode='nst'> <barostat mode='flexible'> </barostat>")], "a <barostat mode='anisotropic'>"),
+        ([("units='femtosecond'", "units='fs'")], "unit 'fs' is unknown; write femtosecond"),
+    ],
+)
+def test_what_ipi_would_stop_at_is_found_and_not_started(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], changes: list[tuple[str, str]], words: str
+) -> None:
+    text = (run_folder / "input.xml").read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (run_folder / "input.xml").write_text(text)
+    assert len([sentence for sentence in problems(run_folder / "input.xml") if words in sentence]) == 1
+    assert capsys.readouterr().out == ""  # i-PI prints a table of units
+    assert words in refused(capsys, "run", str(run_folder / "input.xml"))
+    assert not list(run_folder.glob("*.log"))
+
+
+def test_a_motion_at_constant_energy_needs_no_temperature(run_folder: Path) -> None:
+    text = (run_folder / "input.xml").read_text()
+    (run_folder / "input.xml").write_text(text.replace(*NO_TEMPERATURE))
+    assert problems(run_folder / "input.xml") == []
+
+
+@pytest.mark.parametrize("way", ["socket", "direct"])
+@pytest.mark.parametrize(("name", "package"), [("sevennet-0", "sevenn"), ("chgnet", "chgnet")])
+def test_run_starts_nothing_where_the_package_of_a_model_is_missing(
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    name: str,
+    package: str,
+) -> None:
+    from voltpi.driver import pes
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None if module == package else find_spec(module))
+    if way == "direct":
+        direct = (
+            f"<ffdirect name='ff'> <pes>custom</pes> <pes_path>{pes.__file__}</pes_path> "
+            "<parameters>{settings: settings.yaml, template: start.xyz}</parameters> </ffdirect>"
+        )
+        (run_folder / "input.xml").write_text(XML.format(forcefield=direct, timestep=0.25))
+    (run_folder / "settings.yaml").write_text(f"short_range: {{foundation: {name}}}\n")
+    sentence = refused(capsys, "run", str(run_folder / "input.xml"))
+    assert f"name='ff'>: short_range.foundation is {name}, which needs the package {package} (" in sentence
+    assert not list(run_folder.glob("*.log"))
+
+
+@pytest.mark.parametrize(("step", "offered"), [(0, False), (2, True), (4, False)])
+def test_a_run_is_only_continued_from_where_it_got_on(run_folder: Path, step: int, offered: bool) -> None:
+    from voltpi.driver import launch
+
+    plan = launch.read_input(run_folder / "input.xml")
+    session = launch._Session(plan, launch.RunRecord.of(plan), 1, {}, run_folder, True)
+    (run_folder / "RESTART").write_text(f"<simulation> <step>{step}</step> </simulation>")
+    hint = session._how_to_continue()
+    assert (f"the state of step {step} of 4 is kept, continue with `voltpi run" in hint) == offered
+    assert bool(hint) == offered
 
 
 def test_check_finds_several_problems_at_once(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
