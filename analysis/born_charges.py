@@ -232,6 +232,7 @@ class _Sums:
         self.placed = 0
 
     def add(self, z: Array, atoms: Atoms | None) -> None:
+        """Counts one frame: Z* [n, 3, 3] (e) and, for the profile, where the atoms are."""
         total = z.sum(axis=0)
         net = float(np.trace(total)) / 3.0
         self.net += net
@@ -259,6 +260,7 @@ class _Sums:
                 self.profile[s][:, k] += np.bincount(place[own], weight, minlength=self.bins)
 
     def result(self, run: Run, frames: int, charges: Array | None) -> BornCharges:
+        """Means and spreads of all frames so far."""
         count = self.by_atom.n
         mean = self.by_atom.mean
         isotropic = np.trace(mean, axis1=1, axis2=2) / 3.0

@@ -11,7 +11,7 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
-from voltpi.analysis.ipi_files import convert, iter_extras, read_trajectory
+from voltpi.analysis.ipi_files import convert, extras_by_step, read_trajectory
 from voltpi.analysis.planar import Grid
 from voltpi.analysis.run_inputs import Given, given_to_drivers
 from voltpi.analysis.runs import Run
@@ -248,12 +248,12 @@ def frames_after(run: Run, setup: Setup, skip: float) -> Iterator[tuple[int, lis
 def _bead(setup: Setup, positions: Path, charges: Path, shells: Path | None) -> Iterator[tuple[int, ChargeFrame]]:
     """Frames of one bead whose step is in all its files."""
     n = len(setup.start)
-    others = [_Follower(charges), *([_Follower(shells)] if shells else [])]
+    others = [extras_by_step(path) for path in (charges, shells) if path]
     for frame in read_trajectory(positions):
         atoms = frame.atoms[frame.atoms.numbers > 0]  # without the potentiostat's particle
         if len(atoms) != n or (atoms.numbers != setup.start.numbers).any():
             raise InputError(f"{positions}: has other atoms than the start structure of the run; give that one")
-        values = [other.at(frame.step) for other in others]
+        values = [None if frame.step is None else other.at(frame.step) for other in others]
         if frame.step is None or any(value is None for value in values):
             continue
         q = values[0]
@@ -266,17 +266,3 @@ def _bead(setup: Setup, positions: Path, charges: Path, shells: Path | None) -> 
                 raise InputError(f"{shells}: shells of shape {delta.shape} but {positions.name} has {n} atoms")
             delta = convert(delta[:n], "length", "atomic_unit", "angstrom")
         yield frame.step, ChargeFrame(np.asarray(atoms.cell), atoms.positions, q[:n], delta)
-
-
-class _Follower:
-    """Values of a file of extras at ascending steps."""
-
-    def __init__(self, path: Path) -> None:
-        self._records = iter_extras(path)
-        self._next: tuple[int, Array] | None = next(self._records, None)
-
-    def at(self, step: int | None) -> Array | None:
-        """The record of a step, None where there is none."""
-        while self._next is not None and step is not None and self._next[0] < step:
-            self._next = next(self._records, None)
-        return self._next[1] if self._next is not None and self._next[0] == step else None

@@ -365,6 +365,7 @@ class _Molecules:
             np.add.at(bins, place, product / len(members))
 
     def kinds(self, dipoles: Array) -> tuple[Kind, ...]:
+        """Molecules of each formula, from dipoles [f, molecules, 3] (e·Å)."""
         out = []
         for formula, members in self.members.items():
             own = dipoles[:, members]
