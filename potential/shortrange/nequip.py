@@ -41,6 +41,7 @@ __all__ = ["NequIP"]
 _EVEN_GAIN = 1.6765620560798837
 _ODD_GAIN = 1.5925386426301726
 _SWITCH_WIDTH = 0.5  # Å
+_LATENT_INIT = 0.1  # e, about the size of latent charges before training
 _RADIAL_INIT_VARIANCE = 4.0
 _SCALAR, _PSEUDOSCALAR = o3.Irrep("0e"), o3.Irrep("0o")
 
@@ -283,6 +284,7 @@ class NequIP(nn.Module):
     use_sc : self-connections by species.
     edge_sign : +1 (vectors from receiver to neighbour) or −1. With all-even irreps −1 gives the energy of the
         inverted structure.
+    latent : whether it gives latent charges too, by a second readout (one hidden layer, swish) of the last scalars.
 
     Raises InputError where these cannot be right. Parameters are drawn from torch's global generator.
     """
@@ -302,6 +304,7 @@ class NequIP(nn.Module):
         scale: float | Sequence[float] = 1.0,
         use_sc: bool = True,
         edge_sign: int = 1,
+        latent: bool = False,
     ) -> None:
         super().__init__()
         self.species = [int(z) for z in species]
@@ -335,6 +338,7 @@ class NequIP(nn.Module):
             "scale": self.scale.tolist(),
             "use_sc": use_sc,
             "edge_sign": edge_sign,
+            "latent": latent,
         }
         scalars = hidden.count("0e")
         self.sh_degrees = [ir.l for _, ir in harmonics]
@@ -357,6 +361,10 @@ class NequIP(nn.Module):
             self.convolutions.append(layer)
             irreps = layer.irreps_out
         self.readout = nn.ParameterList([torch.randn(scalars, scalars // 2), torch.randn(scalars // 2, 1)])
+        self.latent_readout: nn.ParameterList | None = None
+        if latent:
+            last = _LATENT_INIT * torch.randn(scalars // 2, 1)
+            self.latent_readout = nn.ParameterList([torch.randn(scalars, scalars // 2), last])
 
     def forward(self, numbers: Tensor, edge_index: Tensor, vectors: Tensor) -> Tensor:
         """Atomic energies [n] in eV, in the precision of ``vectors``; differentiable any number of times.
@@ -365,6 +373,31 @@ class NequIP(nn.Module):
         ``vectors`` [e, 3] = r_j + shift − r_i in Å (edges beyond the cutoff contribute nothing and cost little).
         Raises InputError for an element that the network does not know.
         """
+        return self.energies(numbers, self.scalars(numbers, edge_index, vectors)).to(vectors.dtype)
+
+    def with_charges(self, numbers: Tensor, edge_index: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Atomic energies [n] (eV) as ``forward`` gives them, and latent charges [n] (e), which add up to nothing yet.
+
+        Raises InputError for a network without latent charges, and as ``forward``.
+        """
+        if self.latent_readout is None:
+            raise InputError("the network has no latent charges: train one with charges.model: latent")
+        scalars = self.scalars(numbers, edge_index, vectors)
+        hidden, last = self.latent_readout
+        h = nn.functional.silu(scalars @ (hidden * hidden.shape[0] ** -0.5)) * _EVEN_GAIN
+        charges = (h @ (last * last.shape[0] ** -0.5)).squeeze(1)
+        return self.energies(numbers, scalars).to(vectors.dtype), charges.to(vectors.dtype)
+
+    def energies(self, numbers: Tensor, scalars: Tensor) -> Tensor:
+        """Atomic energies [n] (eV) from the scalars of the last layer."""
+        energy = scalars
+        for w in self.readout:
+            energy = energy @ (w * w.shape[0] ** -0.5)
+        species = self.lookup[numbers]
+        return energy.squeeze(1) * self.scale[species] + self.shift[species]
+
+    def scalars(self, numbers: Tensor, edge_index: Tensor, vectors: Tensor) -> Tensor:
+        """Scalars of the last layer [n, multiplicity], from which everything is read; arguments as of ``forward``."""
         dtype = self.embedding.dtype
         species = self.lookup[numbers]
         counts = torch.bincount(species + 1, minlength=len(self.species) + 1).tolist()
@@ -382,11 +415,7 @@ class NequIP(nn.Module):
         x = {_SCALAR: (self.embedding * len(self.species) ** -0.5)[species].unsqueeze(1)}
         for layer in self.convolutions:
             x = layer(x, harmonics, basis, blocks, counts[1:])
-        energy = x[_SCALAR].squeeze(1)
-        for w in self.readout:
-            energy = energy @ (w * w.shape[0] ** -0.5)
-        energy = energy.squeeze(1).to(vectors.dtype) * self.scale[species] + self.shift[species]
-        return energy.to(vectors.dtype)[position]
+        return x[_SCALAR].squeeze(1)[position]
 
     def _unknown(self, number: int) -> str:
         symbol = chemical_symbols[number] if 0 < number < len(chemical_symbols) else f"atomic number {number}"
