@@ -116,7 +116,10 @@ def _width(value: Any) -> Any:
 
 
 class Charges(Strict):
-    """The charges and what they may do (``voltpi.potential`` defines the functional)."""
+    """The charges and what they may do (``voltpi.potential`` defines the functional).
+
+    sigma, epsilon_infinity : of ``latent`` charges: width of their Gaussians (Å), permittivity at fixed nuclei
+    """
 
     model: Literal["pqeq", "qeq", "fixed", "latent", "linear-qeq", "none"] = "pqeq"
     parameters: Annotated[str, BeforeValidator(nonempty)] = "default"
@@ -129,6 +132,8 @@ class Charges(Strict):
     fragments: Annotated[str | tuple[int, ...], PlainValidator(_labels)] = "auto"
     values: Annotated[str, BeforeValidator(nonempty)] = "initial_charges"
     width: Annotated[Literal["point"] | dict[str, float], PlainValidator(_width)] = "point"
+    sigma: Annotated[Number, Field(gt=0)] = 1.0
+    epsilon_infinity: Annotated[Number, Field(ge=1)] = 1.0
 
 
 class Taper(Strict):

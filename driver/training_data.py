@@ -12,11 +12,13 @@ import numpy as np
 from ase.data import chemical_symbols
 
 from voltpi.driver.training_settings import TrainingSettings
+from voltpi.potential.electrostatics.latent import LatentCharges
 from voltpi.potential.errors import InputError
 from voltpi.potential.model import Potential
 from voltpi.potential.training.baseline import LongRange, subtract_baseline
 from voltpi.potential.training.dataset import Sample, make_samples, read_source
 from voltpi.potential.training.labels import KINDS, Source
+from voltpi.potential.training.latent import with_interactions
 from voltpi.potential.training.splitting import check_disjoint, check_repeats, split
 from voltpi.potential.training.unit_check import UnitReport, check_units
 from voltpi.potential.training.workers import Workers
@@ -38,6 +40,7 @@ class TrainingData:
 def read_training_data(
     settings: TrainingSettings,
     long_range: Potential | None,
+    latent: LatentCharges | None,
     known: Sequence[int],
     cutoff: float,
     *,
@@ -47,7 +50,7 @@ def read_training_data(
     """Reads, checks and splits all frames, then computes the long-range part of each once and subtracts it.
 
     ``known`` : atomic numbers that the model to fine-tune knows, or none. The long-range part is kept in the output
-    folder. Raises InputError that names file, frame and label for whatever cannot be trained on.
+    folder. Where the network has ``latent`` charges, samples come with what these do to each other. Raises InputError that names file, frame and label for whatever cannot be trained on.
     """
     data = settings.data
     train_files = data.sources(data.train)
@@ -60,7 +63,7 @@ def read_training_data(
             source, frames = read_source(source)
             samples = make_samples(source, frames, cutoff)
             _check_elements(samples, known, settings)
-            _check_charges(settings, samples, long_range)
+            _check_charges(settings, samples, latent is not None or (long_range is not None and long_range.charges))
             report = check_units(samples) if data.check_units else None
             sides[side] += samples
             files.append(_describe(source, samples, report, ("training", "validation")[side]))
@@ -77,6 +80,8 @@ def read_training_data(
     )
     if long_range is not None:
         train, validation = _without_long_range(settings, long_range, train, validation, progress)
+    if latent is not None:
+        train, validation = (with_interactions(side, latent, progress=progress) for side in (train, validation))
     return TrainingData(train, validation, files)
 
 
@@ -106,9 +111,9 @@ def _check_elements(samples: Sequence[Sample], known: Sequence[int], settings: T
             )
 
 
-def _check_charges(settings: TrainingSettings, samples: Sequence[Sample], long_range: Potential | None) -> None:
+def _check_charges(settings: TrainingSettings, samples: Sequence[Sample], charged: object) -> None:
     """Refuses labels that nothing in the potential could answer to."""
-    if long_range is not None and long_range.charges is not None:
+    if charged:
         return
     for sample in samples:
         for kind, value, unit in (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,33 +14,47 @@ from rich.console import Console
 from rich.table import Table
 
 from voltpi.driver.training_settings import TrainingSettings
+from voltpi.potential.committee import Seeds
+from voltpi.potential.electrostatics.latent import LatentCharges
 from voltpi.potential.model import Potential
 from voltpi.potential.shortrange.nequip import NequIP
-from voltpi.potential.training.config import TrainResult
+from voltpi.potential.training.config import State, TrainResult
 from voltpi.potential.training.dataset import Sample
-from voltpi.potential.training.trainer import Trainer
 from voltpi.potential.training.workers import Workers
 
-__all__ = ["TrainingTask", "make_card", "print_errors"]
+__all__ = ["TrainedRun", "TrainingTask", "make_card", "print_errors"]
 
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """What is trained: the network, the long range that was subtracted, reference energies, samples without both."""
+    """What is trained: the network, the long range that was subtracted, reference energies, samples without both.
 
-    network: NequIP
+    ``latent`` : how the network's own charges interact, where it has them; then ``long_range`` has no charges.
+    """
+
+    network: NequIP | Seeds
     long_range: Potential | None
+    latent: LatentCharges | None
     references: dict[str, dict[int, float]]
     train: list[Sample]
     validation: list[Sample]
     card: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class TrainedRun:
+    """A training that is over: its folder and seed, how it ended, and where it stood."""
+
+    folder: Path
+    seed: int
+    result: TrainResult
+    state: State
+
+
 def make_card(
     settings: TrainingSettings,
     task: TrainingTask,
-    trainer: Trainer,
-    result: TrainResult,
+    runs: Sequence[TrainedRun],
     errors: Mapping[str, Mapping[str, float]],
     responses: Mapping[str, Any],
     name: str,
@@ -49,7 +63,9 @@ def make_card(
     elements = [chemical_symbols[z] for z in task.network.species if z]
     long_range = task.long_range
     parts = ["NequIP"]
-    if long_range is not None and long_range.charges is not None:
+    if task.latent is not None:
+        parts.append("latent charges")
+    elif long_range is not None and long_range.charges is not None:
         parts.append("PQEq" if any(row.Z for row in long_range.charges.parameters.values()) else "QEq")
     if long_range is not None and long_range.dispersion is not None:
         parts.append("D3")
@@ -79,14 +95,21 @@ def make_card(
             **settings.training.model_dump(),
             "loss": settings.loss.model_dump(),
             "freeze": list(settings.freeze),
-            "epochs_done": result.epoch,
-            "best_epoch": result.best_epoch,
-            "updates": trainer.state.updates,
-            "seconds": round(trainer.state.seconds, 1),
+            **_ending(runs[0]),
             "processes": Workers().size,
-            "ended": result.reason,
+            **({"members": [{"seed": run.seed, **_ending(run)} for run in runs]} if len(runs) > 1 else {}),
         },
         "versions": {"voltpi": version("voltpi"), "torch": torch.__version__},
+    }
+
+
+def _ending(run: TrainedRun) -> dict[str, Any]:
+    return {
+        "epochs_done": run.result.epoch,
+        "best_epoch": run.result.best_epoch,
+        "updates": run.state.updates,
+        "seconds": round(run.state.seconds, 1),
+        "ended": run.result.reason,
     }
 
 

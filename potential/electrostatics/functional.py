@@ -243,7 +243,8 @@ class Functional:
             feel = torch.zeros_like(feel)
         held = ~self.free
         if bool(held.any()):
-            feel = torch.where(held[:, None, None], torch.eye(3, dtype=whole.dtype, device=whole.device), feel)
+            own = model.dipole_scale * torch.eye(3, dtype=whole.dtype, device=whole.device)
+            feel = torch.where(held[:, None, None], own, feel)
         if model.electrodes and system.electrode is not None:
             across = open_directions(system, model.finite_field)[system.batch]
             feel = torch.where((system.electrode >= 0)[:, None, None], across, feel)

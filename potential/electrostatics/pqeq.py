@@ -62,7 +62,8 @@ class PQEqSolution:
 
     energy [b], terms name -> [b], forces [n, 3], virial [b, 3, 3], charges [n], shells [n, 3], dipole [b, 3], field
     [b, 3], residual [b], iterations [b], born_charges [n, 3, 3], polarizability [b, 3, 3], smallest_curvature [b],
-    electrodes name -> answers [b], capacitance [b, electrodes, electrodes].
+    electrodes name -> answers [b], capacitance [b, electrodes, electrodes]. charge_gradient [n] (V) is ∂Ω/∂q, which
+    does not vanish for held charges; charge_response [n, 3] (Å), beside Born charges, is −∂²Ω/∂q∂ε.
     """
 
     energy: Tensor
@@ -75,7 +76,9 @@ class PQEqSolution:
     field: Tensor
     residual: Tensor
     iterations: Tensor
+    charge_gradient: Tensor | None = None
     born_charges: Tensor | None = None
+    charge_response: Tensor | None = None
     polarizability: Tensor | None = None
     smallest_curvature: Tensor | None = None
     electrodes: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -149,6 +152,11 @@ class PQEq:
         return self.response != "all" and self.finite_field is None
 
     @property
+    def dipole_scale(self) -> float:
+        """What held charges count in M times their charge."""
+        return 1.0
+
+    @property
     def shell_bound(self) -> float:
         """Å; no shell gets this far from its core and stays stable."""
         return self.shell_limit if self.limiter == "fene" else FREE_SHELL_BOUND
@@ -192,6 +200,16 @@ class PQEq:
 
     def _free(self, electrolyte: Tensor) -> Tensor:
         return torch.ones_like(electrolyte)
+
+    def _flowing(self, electrolyte: Tensor) -> Tensor:
+        """[n] bool: atoms of the electrolyte whose charges feel a field and are not given."""
+        return self._free(electrolyte) & electrolyte
+
+    @property
+    def _flows_as(self) -> tuple[str, str, str]:
+        """The setting with which charges feel a field; what to set where they flow across a cell, or a fragment does."""
+        instead = "charges.response to shells"
+        return "charges.response all", f"charges.conserve to fragments or {instead}", instead
 
     def _element_rows(self, numbers: Tensor) -> Tensor:
         """chi, eta, Z, K, alpha [n, 5] of electrolyte atoms."""
@@ -238,16 +256,17 @@ class PQEq:
         elif self.response != "all":
             return
         electrolyte = self._electrolyte(system)
-        if not bool((along & system.pbc).any()) or not bool((self._free(electrolyte) & electrolyte).any()):
+        if not bool((along & system.pbc).any()) or not bool(self._flowing(electrolyte).any()):
             return
         kind = "field" if system.displacement is None else "displacement"
-        field, instead = f"{kind} along a periodic direction with charges.response all", "charges.response to shells"
+        setting, whole, instead = self._flows_as
+        field = f"{kind} along a periodic direction with {setting}"
         if self.finite_field is not None:
             field, instead = "coulomb.boundary finite-field", "coulomb.boundary to a slab"
+            whole = f"charges.conserve to fragments or {instead}"
         if self.conserve == "total":
             raise InputError(
-                f"{field} and charges.conserve total: charge would flow across the cell without end; set "
-                f"charges.conserve to fragments or {instead}"
+                f"{field} and charges.conserve total: charge would flow across the cell without end; set {whole}"
             )
         check_whole(system)
         if bool((percolating(system) & along).any()):
@@ -322,9 +341,9 @@ class PQEq:
         forces = -(coulomb.site_charges[..., None] * coulomb.gradient).sum(0)
         forces = forces + torch.einsum("nab,na->nb", coupled, point.field[system.batch])
         virial = coulomb.virial() + functional.field_virial(point)
-        born = alpha = None
+        born = alpha = response = None
         if born_charges or polarizability:
-            born, alpha = responses.to_field(functional, point, self.tolerance)
+            born, alpha, response = responses.to_field(functional, point, self.tolerance)
         curvature = None
         if smallest_curvature:
             point.linearize()
@@ -340,7 +359,9 @@ class PQEq:
             field=point.field,
             residual=solution.residual,
             iterations=solution.products,
+            charge_gradient=point.gradient[:, 0],
             born_charges=born if born_charges else None,
+            charge_response=response if born_charges else None,
             polarizability=alpha if polarizability else None,
             smallest_curvature=curvature,
             electrodes=functional.electrode_answers(point),

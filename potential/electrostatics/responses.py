@@ -17,8 +17,10 @@ __all__ = ["to_field", "to_potentials"]
 _SOFTEST = 1e-6  # of 1/ε∞: where it vanishes, the response to a field diverges
 
 
-def to_field(functional: Functional, point: Point, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Born charges [n, 3, 3] (e) and polarizability [b, 3, 3] (Å³), both at fixed field.
+def to_field(functional: Functional, point: Point, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Born charges [n, 3, 3] (e), polarizability [b, 3, 3] (Å³) and −∂²Ω/∂q∂ε of held charges [n, 3] (Å).
+
+    All three at fixed field; the last is what M gains with a charge that is held, after the others have followed.
 
     Where a displacement is held, the three answers X = H⁻¹U (U_a = ∂M_a/∂y) are those at fixed D; with α = UᵀX and the
     screening S = 4πk_e/V along its axes, those at fixed field are X (1 − Sα)⁻¹, exactly (Woodbury).
@@ -38,14 +40,16 @@ def to_field(functional: Functional, point: Point, tolerance: float) -> tuple[Te
         released = _at_fixed_field(functional, alpha)
         answers = torch.einsum("cny,nca->any", answers, released[batch])
         alpha = alpha @ released
-    born = torch.zeros_like(coupled)
+    born, response, held = torch.zeros_like(coupled), functional.lever.clone(), not bool(functional.free.all())
     pull = functional.pull(point.field)
     for a, answer in enumerate(answers):
+        if held:
+            response[:, a] -= point.coulomb.product(answer)[:, 0]
         change = point.coulomb.core_gradient_change(answer)
         net = functional.total(change)
         born[:, a] = (net / torch.bincount(batch)[:, None])[batch] - change
         born[:, a] += coupled[:, a] + answer[:, :1] * pull
-    return born, 0.5 * (alpha + alpha.transpose(1, 2)) * functional.model.coulomb_constant
+    return born, 0.5 * (alpha + alpha.transpose(1, 2)) * functional.model.coulomb_constant, response
 
 
 def _at_fixed_field(functional: Functional, alpha: Tensor) -> Tensor:

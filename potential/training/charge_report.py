@@ -1,6 +1,7 @@
-"""How well the charges alone reproduce labelled dipoles, polarizabilities and Born charges.
+"""How well the charges reproduce labelled dipoles, polarizabilities and Born charges.
 
-The network cannot mend these: it does not know the field. They are compared here and not trained on.
+Charges that a network does not give it cannot mend either: it does not know the field. They are compared here and not
+trained on.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from voltpi.potential.electrostatics.pqeq import PQEq
+from voltpi.potential.electrostatics.latent import LatentCharges
 from voltpi.potential.errors import InputError, VoltPIError
-from voltpi.potential.fragments import assign_fragments
+from voltpi.potential.model import Potential
 from voltpi.potential.training.dataset import Sample
 from voltpi.potential.training.unit_check import TOLERANCE
 
@@ -32,8 +33,8 @@ def nearest_branch(difference: np.ndarray, cell: np.ndarray, pbc: np.ndarray) ->
     return branches[np.argmin(np.linalg.norm(branches, axis=1))]
 
 
-def report_charges(charges: PQEq, samples: Sequence[Sample], *, most: int = 32) -> dict[str, Any]:
-    """Errors of ``charges`` on up to ``most`` of the ``samples`` that have such labels; empty where none has.
+def report_charges(potential: Potential, samples: Sequence[Sample], *, most: int = 32) -> dict[str, Any]:
+    """Errors of a potential's charges on up to ``most`` of the ``samples`` that have such labels; empty where none has.
 
     frames · dipole: rmse, rms of the labels (e·Å, modulo e times lattice vectors; neutral frames only) and, where
     it fits better with the opposite sign, a remark · polarizability: relative error (Frobenius), isotropic mean and
@@ -47,7 +48,7 @@ def report_charges(charges: PQEq, samples: Sequence[Sample], *, most: int = 32) 
     refused = ""
     for sample in chosen:
         try:
-            answer = _solve(charges, sample)
+            answer = _solve(potential, sample)
         except VoltPIError as error:
             refused = refused or f"{sample.path}, frame {sample.frame}: {error}"
             continue
@@ -69,15 +70,11 @@ def report_charges(charges: PQEq, samples: Sequence[Sample], *, most: int = 32) 
     return report | ({"refused": refused} if refused else {})
 
 
-def _solve(charges: PQEq, sample: Sample) -> Mapping[str, np.ndarray]:
-    systems = sample.systems
-    if charges.conserve == "fragments":
-        systems = assign_fragments(systems)
-    if charges.carries:
-        systems = systems.replace(carried=charges.solve(systems.replace(field=0 * systems.field)).charges)
-    answer = charges.solve(
-        systems,
-        polarizability="polarizability" in sample.observed,
+def _solve(potential: Potential, sample: Sample) -> Mapping[str, np.ndarray]:
+    answers = not isinstance(potential.charges, LatentCharges)  # to a field, at fixed nuclei
+    answer = potential(
+        potential.prepare(sample.systems),
+        polarizability=answers and "polarizability" in sample.observed,
         born_charges="born_charges" in sample.observed,
     )
     out = {"dipole": answer.dipole[0]}

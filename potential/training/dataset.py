@@ -22,6 +22,7 @@ from voltpi.potential.errors import InputError
 from voltpi.potential.neighbors import neighbor_list
 from voltpi.potential.systems import Systems
 from voltpi.potential.training.labels import AUTO, KINDS, Source, checked, detect, label
+from voltpi.potential.training.latent import Interaction
 from voltpi.potential.training.translations import reduce_translations
 
 __all__ = ["Sample", "make_samples", "read_frames", "read_source"]
@@ -43,6 +44,7 @@ class Sample:
     stress : [3, 3] float64 or None, eV/Å³, label − baseline
     group : what kind of structure it is, by the label that says so
     observed : dipole [3] (e·Å), polarizability [3, 3] (Å³), born_charges [n, 3, 3] (e) as labelled
+    latent : what latent charges do to each other here, where they are trained
     """
 
     dataset: str
@@ -57,6 +59,7 @@ class Sample:
     stress: Tensor | None = None
     group: str = ""
     observed: Mapping[str, np.ndarray] = field(default_factory=dict)
+    latent: Interaction | None = None
 
     @property
     def volume(self) -> float:

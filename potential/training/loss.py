@@ -11,7 +11,9 @@ import torch
 from ase.units import GPa
 from torch import Tensor, nn
 
+from voltpi.potential.shortrange.nequip import NequIP
 from voltpi.potential.training.dataset import Sample
+from voltpi.potential.training.latent import Interaction, long_range_of
 
 __all__ = ["Batch", "Errors", "Loss", "Prediction", "by_atoms", "collate", "pack", "predict"]
 
@@ -21,7 +23,8 @@ class Batch(NamedTuple):
 
     numbers [n] int64 · edge_index [2, e] int64 (centre i, neighbour j) · vectors [e, 3] r_j + shift − r_i, Å ·
     structure [n] int64 · n_atoms [b] · energy [b] eV · forces [n, 3] eV/Å · weight [b] (of the data set) ·
-    stress [b, 3, 3] eV/Å³ · volume [b] Å³, 0 for a structure without a stress label · stressed: how many have one
+    stress [b, 3, 3] eV/Å³ · volume [b] Å³, 0 for a structure without a stress label · stressed: how many have one ·
+    latent: what the latent charges of every structure do to each other, empty for a network without
     """
 
     numbers: Tensor
@@ -35,6 +38,7 @@ class Batch(NamedTuple):
     stress: Tensor
     volume: Tensor
     stressed: int
+    latent: tuple[Interaction, ...] = ()
 
 
 class Prediction(NamedTuple):
@@ -68,6 +72,7 @@ def pack(sample: Sample, *, dtype: torch.dtype = torch.float32, device: torch.de
         stress=stress[None].to(**real),
         volume=torch.tensor([0.0 if sample.stress is None else sample.volume], **real),
         stressed=int(sample.stress is not None),
+        latent=() if sample.latent is None else (sample.latent.to(**real),),
     )
 
 
@@ -92,6 +97,7 @@ def collate(parts: Sequence[Batch]) -> Batch:
         stress=torch.cat([p.stress for p in parts]),
         volume=torch.cat([p.volume for p in parts]),
         stressed=sum(p.stressed for p in parts),
+        latent=tuple(x for p in parts for x in p.latent),
     )
 
 
@@ -113,18 +119,26 @@ def predict(network: nn.Module, batch: Batch, *, create_graph: bool) -> Predicti
     """Energies, forces and (where labelled) stresses of ``network``; ``create_graph`` to train through them.
 
     With v = r_j + shift − r_i and g = ∂E/∂v, ∂E/∂r_j = g and ∂E/∂r_i = −g, so the force on i gains g and that on j
-    loses it; a strain scales every v, so the stress is Σ g ⊗ v / V, made symmetric.
+    loses it; a strain scales every v, so the stress is Σ g ⊗ v / V, made symmetric. Latent charges add their Coulomb
+    energy, with what it does at fixed charges.
     """
     vectors = batch.vectors.detach().requires_grad_()
-    atomic = network(batch.numbers, batch.edge_index, vectors).reshape(-1)
-    energy = torch.zeros_like(batch.energy).index_add(0, batch.structure, atomic)
-    (g,) = torch.autograd.grad(atomic.sum(), vectors, create_graph=create_graph)
+    forces, strained = torch.zeros_like(batch.forces), torch.zeros_like(batch.stress)
+    if batch.latent:
+        assert isinstance(network, NequIP)
+        atomic, charges = network.with_charges(batch.numbers, batch.edge_index, vectors)
+        coulomb, forces, strained = long_range_of(charges, batch.latent)
+        energy = coulomb.index_add(0, batch.structure, atomic)
+    else:
+        atomic = network(batch.numbers, batch.edge_index, vectors).reshape(-1)
+        energy = torch.zeros_like(batch.energy).index_add(0, batch.structure, atomic)
+    (g,) = torch.autograd.grad(energy.sum(), vectors, create_graph=create_graph)
     centre, neighbour = batch.edge_index
-    forces = torch.zeros_like(batch.forces).index_add(0, centre, g).index_add(0, neighbour, g, alpha=-1)
+    forces = forces.index_add(0, centre, g).index_add(0, neighbour, g, alpha=-1)
     stress = None
     if batch.stressed:
         products = g[:, :, None] * batch.vectors[:, None, :]
-        strained = torch.zeros_like(batch.stress).index_add(0, batch.structure[centre], products)
+        strained = strained.index_add(0, batch.structure[centre], products)
         per_volume = torch.where(batch.volume > 0, 1 / batch.volume.clamp(min=1e-12), 0.0)
         stress = 0.5 * (strained + strained.transpose(1, 2)) * per_volume[:, None, None]
     answer = Prediction(energy, forces, stress)

@@ -1,0 +1,158 @@
+"""Latent charges (Latent Ewald Summation): a network reads the charges off the surroundings of every atom.
+
+Cheng, npj Comput. Mater. 11, 80 (2025); Kim et al., J. Chem. Theory Comput. 21 (2025); Born charges: Zhong et al.,
+arXiv:2504.05169 (2025). Charges have Gaussian densities ∝ exp(−r²/σ²), so that two of them interact through
+k_e erf(r/√2σ)/r; no charge interacts with itself, but with its periodic images it does. The sum is that of PQEq
+(:mod:`voltpi.potential.electrostatics.ewald`): open, slab and periodic alike, among electrodes too.
+
+What the network gives is shifted evenly, over the structure or over every fragment (``conserve``), so that the net
+charge is met. With q(r) the energy is Ω(q(r), r) + short range, and its forces −∂Ω/∂r − (∂q/∂r)ᵀ ∂Ω/∂q.
+
+Learned from forces, latent charges are those that a medium of frozen nuclei has screened: charges in a field are √ε∞
+times larger, M = √ε∞ Σ q r. In a field along a periodic direction M has to be one number, so charges must stay within
+fragments there; Born charges ∂M/∂r need no such thing (:func:`add_charge_motion`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from voltpi.potential.electrostatics.pqeq import FixedCharges, PQEqSolution
+from voltpi.potential.errors import InputError
+from voltpi.potential.systems import Systems
+
+__all__ = ["LatentCharges", "add_charge_motion"]
+
+
+@dataclass
+class LatentCharges(FixedCharges):
+    """Charges that a network gives (``Systems.carried``), which change with the positions.
+
+    Attributes
+    ----------
+    conserve : what the charges are shifted to add up to: the structure's net charge (``total``) or that of every
+        fragment (``fragments``)
+    sigma : Å, width of the Gaussian density ∝ exp(−r²/σ²)
+    epsilon_infinity : relative permittivity at fixed nuclei of what the model was trained on
+
+    ``parameters`` are those of electrodes without eta.
+    """
+
+    response: str = "all"
+    sigma: float = 1.0
+    epsilon_infinity: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, value, fix in (
+            ("sigma", self.sigma, "give the width of the Gaussians in Å, as 1.0"),
+            ("epsilon_infinity", self.epsilon_infinity, "give the permittivity at fixed nuclei, 1 for a molecule"),
+        ):
+            if not (math.isfinite(value) and value > 0):
+                raise InputError(f"charges.{key} is {value:g}: {fix}")
+
+    @property
+    def carries(self) -> bool:
+        return False
+
+    @property
+    def dipole_scale(self) -> float:
+        return math.sqrt(self.epsilon_infinity)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """JSON-able arguments to build the same model again."""
+        names = ("conserve", "sigma", "epsilon_infinity", "accuracy", "coulomb_constant", "tolerance")
+        return {"kind": "latent", **{name: getattr(self, name) for name in names}}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> LatentCharges:
+        """The model that ``config`` describes."""
+        return cls(**{k: v for k, v in config.items() if k != "kind"})
+
+    def _flowing(self, electrolyte: Tensor) -> Tensor:
+        return electrolyte
+
+    @property
+    def _flows_as(self) -> tuple[str, str, str]:
+        whole = "model to one that was trained with charges.conserve: fragments, or that component to 0"
+        return "charges.model latent", whole, "that component to 0"
+
+    def _element_rows(self, numbers: Tensor) -> Tensor:
+        rows = torch.zeros(len(numbers), 5, dtype=torch.float64, device=numbers.device)
+        rows[:, 3], rows[:, 4] = 1.0, self.sigma**-2
+        return rows
+
+    def constrained(self, system: Systems, latent: Tensor) -> Tensor:
+        """Charges [n] (e) from what the network gives [n], shifted to add up; 0 on electrodes.
+
+        Raises InputError where ``conserve`` is fragments and the structure has none.
+        """
+        group, totals = self.groups(system)
+        kept = self._electrolyte(system)
+        latent = torch.where(kept, latent, 0.0)
+        sums = torch.zeros_like(totals).index_add_(0, group, latent)
+        counts = torch.zeros_like(totals).index_add_(0, group, kept.to(totals.dtype)).clamp(min=1)
+        return torch.where(kept, latent + ((totals - sums) / counts)[group], 0.0)
+
+    def groups(self, system: Systems) -> tuple[Tensor, Tensor]:
+        """Group of every atom [n] and what its charges add up to [groups]. Raises InputError as ``constrained``."""
+        if self.conserve == "total":
+            return system.batch, system.net_charge
+        if system.fragments is None or system.fragment_charges is None:
+            raise InputError("charges.conserve is fragments but the structure has none: prepare it first")
+        return system.fragments, system.fragment_charges
+
+    def unconstrained(self, system: Systems, gradient: Tensor) -> Tensor:
+        """∂/∂(what the network gives) [n] of what has ``gradient`` [n] in the charges: the transpose of the shift."""
+        neutral = system.replace(net_charge=torch.zeros_like(system.net_charge))
+        if system.fragment_charges is not None:
+            neutral = neutral.replace(fragment_charges=torch.zeros_like(system.fragment_charges))
+        return self.constrained(neutral, gradient)
+
+
+def add_charge_motion(
+    model: LatentCharges, system: Systems, solution: PQEqSolution, moved: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Born charges [n, 3, 3] (e): those of charges that ride along, and what their change with the positions adds.
+
+    ``moved(c [n])`` is ∂(Σ c_j q_j)/∂r [n, 3] for constant c. Where charges stay within fragments, or along open
+    directions, M = √ε∞ Σ q r is one number and this is its derivative. Elsewhere the charges that move to atom i count
+    by the long-wavelength form of their distance, along lattice vector a: (a/2π) sin 2π(s_j − s_i) for r_j − r_i
+    (Zhong et al., with k = 2π/a), which knows no origin and no cell boundary; it is exact for charges that come from
+    nearby. Σ_i Z*_i is then set right evenly.
+    """
+    assert solution.born_charges is not None
+    assert solution.charge_response is not None
+    born, lever = solution.born_charges.clone(), solution.charge_response
+    if model.conserve == "fragments":
+        for a in range(3):
+            born[:, a] += moved(lever[:, a])
+        return born
+    inverse = torch.linalg.pinv(system.cell * system.pbc[..., None])[system.batch]  # no component along open directions
+    scaled = torch.einsum("nb,nbd->nd", system.positions, inverse)
+    vectors = model.dipole_scale * system.cell[system.batch]  # [n, d, 3]
+    lever = lever - torch.einsum("nd,nda->na", scaled * system.pbc[system.batch], vectors)
+    for a in range(3):
+        born[:, a] += moved(lever[:, a])
+    angle = 2 * math.pi * scaled
+    for d in range(3):
+        periodic = system.pbc[system.batch, d]
+        if not bool(periodic.any()):
+            continue
+        sine, cosine = torch.sin(angle[:, d]), torch.cos(angle[:, d])
+        near = cosine[:, None] * moved(sine * periodic) - sine[:, None] * moved(cosine * periodic)
+        born += vectors[:, d, :, None] * near[:, None, :] / (2 * math.pi)
+    if system.electrode is None:
+        count = torch.bincount(system.batch, minlength=system.n_systems)
+        total = torch.zeros_like(system.cell).index_add_(0, system.batch, born)
+        eye = torch.eye(3, dtype=born.dtype, device=born.device)
+        wanted = model.dipole_scale * system.net_charge[:, None, None] * eye
+        born += ((wanted - total) / count[:, None, None])[system.batch]
+    return born

@@ -1,0 +1,145 @@
+"""The Coulomb sum of one structure as matrices, through which latent charges are trained.
+
+A training sees every structure a thousand times with other charges at the same positions, so the sum is done once:
+with A [n, n] (V/e) the energy is ½ qᵀAq − ε·M, the force at fixed charges −q_i (∂A_ij/∂r_i) q_j + √ε∞ q_i ε, and a
+product of matrices has exact gradients of any order. A, its derivatives and the shift of the charges are those of the
+operator and the model that run (:mod:`voltpi.potential.electrostatics.latent`), column by column.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from voltpi.potential.electrostatics.ewald import CoulombOperator
+from voltpi.potential.electrostatics.latent import LatentCharges
+from voltpi.potential.errors import VoltPIError
+from voltpi.potential.fragments import assign_fragments, whole_positions
+from voltpi.potential.systems import Systems
+
+if TYPE_CHECKING:
+    from voltpi.potential.training.dataset import Sample
+
+__all__ = ["Interaction", "interaction", "long_range_of", "with_interactions"]
+
+_STRAIN = 1e-4
+
+
+class Interaction(NamedTuple):
+    """What charges of one structure of n atoms do to each other.
+
+    potential [n, n] V/e · gradient [n, n, 3] of potential[i, j] with r_i, V/(e Å) · strain [n, n, 3, 3] its derivative
+    with a symmetric strain, V/e, or None without a stress label · lever [n, 3] ∂M/∂q, Å · scale √ε∞ · field [3] V/Å ·
+    group [n] and totals [groups] (e) of what the charges add up to
+    """
+
+    potential: Tensor
+    gradient: Tensor
+    strain: Tensor | None
+    lever: Tensor
+    scale: Tensor
+    field: Tensor
+    group: Tensor
+    totals: Tensor
+
+    def to(self, dtype: torch.dtype, device: torch.device | str) -> Interaction:
+        """The same in another precision, elsewhere."""
+        moved = [None if t is None else t.to(device) if t.dtype == torch.int64 else t.to(device, dtype) for t in self]
+        return Interaction(*moved)  # type: ignore[arg-type]
+
+
+def interaction(model: LatentCharges, systems: Systems, *, stress: bool = False) -> Interaction:
+    """The interaction of one structure (a batch of one), float64; ``stress``: with its derivative with strain.
+
+    Raises InputError for a field that the model does not couple to in this cell, and fragments that do not add up.
+    """
+    if model.conserve == "fragments" and systems.fragments is None:
+        systems = assign_fragments(systems)
+    model.check_field(systems)
+    potential, gradient = _columns(model, systems)
+    strain = None
+    if stress:
+        strain = torch.zeros(*potential.shape, 3, 3, dtype=torch.float64)
+        for a in range(3):
+            for b in range(a + 1):
+                ends = []
+                for sign in (1, -1):
+                    by = torch.eye(3, dtype=torch.float64)
+                    by[a, b] += 0.5 * sign * _STRAIN
+                    by[b, a] += 0.5 * sign * _STRAIN
+                    ends.append(
+                        _columns(model, systems.replace(positions=systems.positions @ by, cell=systems.cell @ by))[0]
+                    )
+                strain[:, :, a, b] = strain[:, :, b, a] = (ends[0] - ends[1]) / (2 * _STRAIN)
+    group, totals = model.groups(systems)
+    scale = torch.tensor(model.dipole_scale, dtype=torch.float64)
+    return Interaction(
+        potential=potential,
+        gradient=gradient,
+        strain=strain,
+        lever=scale * whole_positions(systems),
+        scale=scale,
+        field=systems.field[0],
+        group=group,
+        totals=totals,
+    )
+
+
+def with_interactions(samples: Sequence[Sample], model: LatentCharges, *, progress: bool = True) -> list[Sample]:
+    """Samples with their interaction. Raises as :func:`interaction`, with file and frame named."""
+    out = []
+    for sample in track(samples, description="interaction of latent charges", disable=not progress):
+        try:
+            own = interaction(model, sample.systems, stress=sample.stress is not None)
+        except VoltPIError as error:
+            raise type(error)(f"{sample.path}, frame {sample.frame}: {error}") from error
+        out.append(dataclasses.replace(sample, latent=own))
+    return out
+
+
+def _columns(model: LatentCharges, systems: Systems) -> tuple[Tensor, Tensor]:
+    n = systems.n_atoms
+    table = model.tensors(systems)
+    operator = CoulombOperator(
+        systems, table["alpha"], -table["Z"], accuracy=model.accuracy, k_e=model.coulomb_constant, cache=model.kernels
+    )
+    potential = torch.zeros(n, n, dtype=torch.float64)
+    gradient = torch.zeros(n, n, 3, dtype=torch.float64)
+    one, shells = torch.zeros(n, dtype=torch.float64), torch.zeros(n, 3, dtype=torch.float64)
+    for j in range(n):
+        one[j] = 1.0
+        state = operator.at(one, shells)
+        potential[:, j], gradient[:, j] = state.potential[0], state.core_gradient
+        one[j] = 0.0
+    return 0.5 * (potential + potential.T), gradient
+
+
+def long_range_of(latent: Tensor, interactions: tuple[Interaction, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Energy [b] (eV) of what a network gives as charges [n], forces [n, 3] (eV/Å) and ∂E/∂strain [b, 3, 3] (eV).
+
+    The last two at fixed charges; the energy carries the graph through which the charges' own change adds the rest.
+    """
+    energies, forces, strains = [], [], []
+    first = 0
+    for part in interactions:
+        n = len(part.group)
+        q = latent[first : first + n]
+        first += n
+        sums = torch.zeros_like(part.totals).index_add(0, part.group, q)
+        counts = torch.zeros_like(part.totals).index_add(0, part.group, torch.ones_like(q))
+        q = q + ((part.totals - sums) / counts)[part.group]
+        energies.append(0.5 * q @ (part.potential @ q) - (part.lever * part.field).sum(1) @ q)
+        pull = part.scale * part.field - torch.einsum("ijc,j->ic", part.gradient, q)
+        forces.append(q[:, None] * pull)
+        if part.strain is None:
+            strains.append(latent.new_zeros(3, 3))
+        else:
+            moment = (q[:, None] * part.lever).sum(0)
+            turned = part.field[:, None] * moment
+            strains.append(0.5 * torch.einsum("i,ijab,j->ab", q, part.strain, q) - 0.5 * (turned + turned.T))
+    return torch.stack(energies), torch.cat(forces), torch.stack(strains)
