@@ -22,8 +22,14 @@ _TRAINED = {
     "charges.response": "response",
     "charges.limiter": "limiter",
     "charges.shell_limit": "shell_limit",
+    "charges.sigma": "sigma",
     "coulomb.coulomb_constant": "coulomb_constant",
 }
+
+_A_COMMITTEE = (
+    "a model with a committee: train one with training.committee, give one to a model with `voltpi committee`, or "
+    "remove output.uncertainty"
+)
 
 # V; `precision: double` is for derivatives by finite differences, where the residual of the charges is the noise
 _TOLERANCE = {"double": 1e-10}
@@ -86,8 +92,16 @@ def _unavailable(s: Settings) -> Iterator[tuple[str, str]]:
             "short_range.foundation",
             "short_range.foundation and model both bring a short range; remove one of the two",
         )
-    if s.charges.model not in ("pqeq", "qeq", "fixed", "none"):
+    if s.charges.model == "latent" and not s.has_model:
+        yield (
+            "charges.model",
+            "charges.model: latent needs a network that gives the charges; set model to one that was trained with "
+            "charges.model: latent (voltpi train)",
+        )
+    elif s.charges.model not in ("pqeq", "qeq", "fixed", "latent", "none"):
         yield no("charges.model", s.charges.model, "pqeq, qeq, fixed or none")
+    if s.output.uncertainty != "none" and not s.has_model:
+        yield "output.uncertainty", f"output.uncertainty needs {_A_COMMITTEE}"
     if s.displacement is not None and s.coulomb.method == "taper":
         yield "displacement", "displacement is not available with coulomb.method: taper; use coulomb.method: auto"
     if s.coulomb.method == "taper" and not s.has_model:
@@ -281,6 +295,8 @@ def _dispersion(settings: Settings) -> Any:
 def _from_checkpoint(settings: Settings, device: str) -> Potential:
     """A trained model with the settings that may differ from run to run; what would change its physics is refused."""
     from voltpi.potential.checkpoints import load_potential
+    from voltpi.potential.committee import Committee
+    from voltpi.potential.electrostatics.latent import LatentCharges
     from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT
     from voltpi.potential.electrostatics.taper import TaperedPQEq
 
@@ -289,6 +305,9 @@ def _from_checkpoint(settings: Settings, device: str) -> Potential:
         potential = load_potential(settings.model, precision=settings.precision, device=device, walls=walls)
     except InputError as error:
         raise settings.refusal("model", str(error)) from None
+    if settings.output.uncertainty != "none" and not isinstance(potential.short_range, Committee):
+        sentence = f"output.uncertainty: model {_name(settings)} has no committee; this needs {_A_COMMITTEE}"
+        raise settings.refusal("output.uncertainty", sentence)
     given = settings.given()
 
     def contradiction(key: str, trained: object) -> InputError:
@@ -330,7 +349,7 @@ def _from_checkpoint(settings: Settings, device: str) -> Potential:
     if "charges.model" in given and given["charges.model"] != _charge_model(charges):
         raise contradiction("charges.model", _charge_model(charges))
     for key, attribute in _TRAINED.items():
-        trained = getattr(charges, attribute, "no charges")
+        trained = getattr(charges, attribute, "no such charges")
         if key in given and (COULOMB_CONSTANT if given[key] == "codata" else given[key]) != trained:
             raise contradiction(key, trained)
     if "dispersion" in given and potential.dispersion is not None:
@@ -342,15 +361,22 @@ def _from_checkpoint(settings: Settings, device: str) -> Potential:
     if charges is not None and not isinstance(charges, TaperedPQEq):
         accuracy = settings.coulomb.accuracy if "coulomb.accuracy" in given else charges.accuracy
         tolerance = _TOLERANCE.get(settings.precision, charges.tolerance)
-        potential.charges = dataclasses.replace(
-            charges, accuracy=accuracy, tolerance=tolerance, **_electrodes(settings)
-        )
+        changes: dict[str, Any] = {"accuracy": accuracy, "tolerance": tolerance, **_electrodes(settings)}
+        if "charges.epsilon_infinity" in given:
+            if not isinstance(charges, LatentCharges):
+                raise contradiction("charges.epsilon_infinity", f"charges.model: {_charge_model(charges)}")
+            changes["epsilon_infinity"] = settings.charges.epsilon_infinity
+        potential.charges = dataclasses.replace(charges, **changes)
     return potential
 
 
 def _charge_model(charges: Any) -> str:
+    from voltpi.potential.electrostatics.latent import LatentCharges
+
     if charges is None:
         return "none"
+    if isinstance(charges, LatentCharges):
+        return "latent"
     return "pqeq" if any(row.Z for row in charges.parameters.values()) else "qeq"
 
 

@@ -56,8 +56,18 @@ __all__ = [
 ]
 
 
+def _uncertainty(value: Any) -> Any:
+    if value is None or isinstance(value, bool):
+        return "forces" if value else "none"
+    return value
+
+
 class Output(Strict):
-    """What is computed and passed on beyond energy, forces and virial."""
+    """What is computed and passed on beyond energy, forces and virial.
+
+    uncertainty : of a committee: ``energy``, ``forces`` (that of the energy too; also ``true``) or ``members`` (both,
+        and what i-PI's ``<ffcommittee>`` reads)
+    """
 
     charges: bool = True
     shells: bool = False
@@ -65,6 +75,7 @@ class Output(Strict):
     polarizability: bool = False
     smallest_curvature: bool = False
     capacitance: bool = False
+    uncertainty: Annotated[Literal["none", "energy", "forces", "members"], BeforeValidator(_uncertainty)] = "none"
 
 
 def _device(value: Any) -> str:
@@ -238,6 +249,20 @@ def _contradictions(s: Settings) -> Iterator[tuple[str, str]]:
                 )
         if coulomb.method == "taper":
             yield "coulomb.method", "coulomb.method: taper is for charges.model: pqeq or qeq, not fixed; use auto"
+    if charges.model == "latent":
+        for key in ("limiter", "shell_limit", "response", "carried", "parameters"):
+            if f"charges.{key}" in given and not (key == "parameters" and s.electrodes):
+                yield (
+                    f"charges.{key}",
+                    f"charges.{key} has no meaning with charges.model: latent, whose charges a network gives and which "
+                    "all feel a field; remove it",
+                )
+        if coulomb.method == "taper":
+            yield "coulomb.method", "coulomb.method: taper is for charges.model: pqeq or qeq, not latent; use auto"
+    elif not s.has_model:
+        for key in ("charges.sigma", "charges.epsilon_infinity"):
+            if key in given:
+                yield key, f"{key} belongs to charges.model: latent, not {charges.model}; remove it"
     if charges.limiter == "none" and "charges.shell_limit" in given:
         yield (
             "charges.shell_limit",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,16 +15,21 @@ from ase.data import atomic_numbers
 from rich.console import Console
 
 from voltpi.driver.build import build_potential, choose_device
+from voltpi.driver.committee import describe_report, make_committee
+from voltpi.driver.settings import Charges
+from voltpi.driver.settings_file import Origins
 from voltpi.driver.training_data import TrainingData, read_training_data
-from voltpi.driver.training_report import TrainingTask, make_card, print_errors
+from voltpi.driver.training_report import TrainedRun, TrainingTask, make_card, print_errors
 from voltpi.driver.training_settings import TrainingSettings, load_training, made_of
-from voltpi.potential.checkpoints import load_potential, model_path, save_potential
+from voltpi.potential.checkpoints import load_potential, model_path, read_card, save_potential
+from voltpi.potential.committee import Committee, LastLayers, Seeds
+from voltpi.potential.electrostatics.latent import LatentCharges
+from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT
 from voltpi.potential.errors import InputError, VoltPIError
 from voltpi.potential.model import Potential
 from voltpi.potential.shortrange.nequip import NequIP
 from voltpi.potential.training.baseline import describe
 from voltpi.potential.training.charge_report import report_charges
-from voltpi.potential.training.config import TrainResult
 from voltpi.potential.training.dataset import Sample
 from voltpi.potential.training.evaluation import errors_by_group, evaluate_samples
 from voltpi.potential.training.freezing import freeze
@@ -32,7 +38,7 @@ from voltpi.potential.training.storage import read_weights
 from voltpi.potential.training.trainer import Trainer
 from voltpi.potential.training.workers import launched, local_device
 
-__all__ = ["finetune", "train"]
+__all__ = ["add_committee", "finetune", "train"]
 
 _REASONS = {
     "done": "all epochs are done",
@@ -79,6 +85,57 @@ def finetune(
     )
 
 
+def add_committee(
+    model: str,
+    files: Sequence[Path],
+    *,
+    members: int = 8,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+) -> Path:
+    """Gives a trained model a committee of last layers, fitted and calibrated on labelled files; returns the new file.
+
+    Energies, forces and charges stay those of the model. ``out`` : folder (default: MODEL-committee). Settings of
+    ``train`` on data and loss may be given as ``overrides``. Raises InputError as ``train`` does.
+    """
+    stem = Path(model).name.removesuffix(".safetensors")
+    data = {
+        "name": out.name if out is not None else f"{stem}-committee",
+        "output": str(out or f"{stem}-committee"),
+        "data": {"train": [str(f) for f in files]},
+        "start": model,
+        "reference_energies": "keep",
+        "training": {"committee": members},
+    }
+    origins: Origins = {("start",): "MODEL", ("training", "committee"): "--members", ("data", "train"): "DATA"}
+    settings = made_of(data, origins, overrides)
+    if settings.training.committee_kind != "last-layers":
+        raise settings.refusal("training.committee_kind", "a model that is trained gets last-layers; for seeds, train")
+    console = Console(quiet=quiet)
+
+    def say(sentence: str) -> None:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+    folder = Path(settings.output)
+    _make_folder(folder)
+    task = _prepare(settings, say, progress=not quiet)
+    device = choose_device(settings.run_settings().model_copy(update={"device": settings.training.device}))
+    dtype = torch.float64 if settings.training.precision == "float64" else torch.float32
+    task.network.to(device, dtype).eval()
+    committee = make_committee(settings, task, say)
+    assert committee is not None
+    potential = load_potential(model)
+    potential.short_range = _copy(committee.network)
+    card = {**read_card(model), "committee": {**committee.report, "files": task.card["files"]}}
+    path = folder / f"{settings.name}.safetensors"
+    save_potential(path, potential, card)
+    (folder / "report.json").write_text(json.dumps(card, indent=1) + "\n")
+    say(describe_report(committee.report))
+    say(f"{path} is {Path(model).name} with a committee; report.json in {folder}")
+    return path
+
+
 def _run(settings: TrainingSettings, quiet: bool) -> Path:
     device = choose_device(settings.run_settings().model_copy(update={"device": settings.training.device}))
     with launched(device) as workers:
@@ -93,22 +150,49 @@ def _run(settings: TrainingSettings, quiet: bool) -> Path:
         if workers.first:
             _make_folder(folder)
         task = _prepare(settings, say, progress=not console.quiet)
-        _check_same_run(folder, task.card["run"])
-        config = settings.training.build(settings.loss.build(), device)
-        trainer = Trainer(
-            task.network, task.train, task.validation, config, folder, card=task.card, progress=not console.quiet
-        )
-        result = trainer.fit(resume=True)
+        runs = []
+        networks = _networks(settings, task.network)
+        for member, network in enumerate(networks):
+            if len(networks) > 1:
+                say(f"member {member + 1} of {len(networks)}")
+            own = folder / f"member-{member + 1}" if len(networks) > 1 else folder
+            part = replace(task, network=network)
+            runs.append(_train(settings, part, own, member, device, progress=not console.quiet))
+        if len(networks) > 1:
+            task = replace(task, network=Seeds([network.eval() for network in networks]))
         model = folder / f"{settings.name}.safetensors"
-        if result.reason == "interrupted":
-            raise VoltPIError(
-                f"stopped in epoch {result.epoch}; the same command goes on from there (what there is is in {folder})"
-            )
-        trainer.load_best()
         if workers.first:
-            _finish(settings, task, trainer, result, model, console)
+            _finish(settings, task, runs, model, console, say)
         workers.barrier()
     return model
+
+
+def _networks(settings: TrainingSettings, network: NequIP) -> list[NequIP]:
+    """What is trained: the network; for a committee of seeds as many as members, drawn anew or copies of the start."""
+    networks = [network]
+    if settings.training.committee_kind == "seeds":
+        for member in range(1, settings.training.committee or 1):
+            torch.manual_seed(settings.training.seed + member)
+            networks.append(NequIP(**network.config) if settings.start is None else copy.deepcopy(network))
+    return networks
+
+
+def _train(
+    settings: TrainingSettings, task: TrainingTask, folder: Path, member: int, device: str, *, progress: bool
+) -> TrainedRun:
+    """Trains one network to its end, which then has its best weights. Raises VoltPIError where it was interrupted."""
+    seed = settings.training.seed + member
+    card = {**task.card, "run": {**task.card["run"], "training.seed": seed}}
+    _check_same_run(folder, card["run"])
+    config = replace(settings.training.build(settings.loss.build(), device), seed=seed)
+    trainer = Trainer(task.network, task.train, task.validation, config, folder, card=card, progress=progress)
+    result = trainer.fit(resume=True)
+    if result.reason == "interrupted":
+        raise VoltPIError(
+            f"stopped in epoch {result.epoch}; the same command goes on from there (what there is is in {folder})"
+        )
+    trainer.load_best()
+    return TrainedRun(folder, seed, result, trainer.state)
 
 
 def _make_folder(folder: Path) -> None:
@@ -122,13 +206,18 @@ def _prepare(settings: TrainingSettings, say: Callable[[str], None], *, progress
     start = None
     if settings.start is not None:
         start = load_potential(settings.start, precision="double")
+        if isinstance(start.short_range, LastLayers):  # they belong to the weights as they were
+            start.short_range = start.short_range.network
         if not isinstance(start.short_range, NequIP):
-            raise settings.refusal("start", f"model {settings.start} has no network to train further; use another")
+            several = isinstance(start.short_range, Seeds)
+            has = "several networks, none to train further" if several else "no network to train further"
+            raise settings.refusal("start", f"model {settings.start} has {has}; use another")
         start.short_range.train().requires_grad_(True)
     long_range = _long_range(settings, start)
     known = [] if start is None else [z for z in start.short_range.species if z]
     cutoff = settings.network.r_max if start is None else start.short_range.cutoff
-    data = read_training_data(settings, long_range, known, cutoff, say=say, progress=progress)
+    latent = _latent(settings, start)
+    data = read_training_data(settings, long_range, latent, known, cutoff, say=say, progress=progress)
     references = _references(settings, data, start)
     train, validation = (subtract_references(side, references) for side in (data.train, data.validation))
     summary = summarize(train)
@@ -138,6 +227,7 @@ def _prepare(settings: TrainingSettings, say: Callable[[str], None], *, progress
             **settings.network.model_dump(),
             n_neighbors=max(summary.average_neighbors, 1.0),
             scale=summary.force_rms or 1.0,
+            latent=latent is not None,
         )
         references_sentence = ""
     else:
@@ -150,19 +240,39 @@ def _prepare(settings: TrainingSettings, say: Callable[[str], None], *, progress
         f"{'residual ' if long_range else ''}forces to learn {summary.force_rms:.3g} eV/Å (RMS), "
         f"{summary.average_neighbors:.1f} neighbours an atom, {trained} parameters to train{references_sentence}"
     )
-    card = {"files": data.files, "run": _identity(settings, network, long_range, data)}
-    return TrainingTask(network, long_range, references, train, validation, card)
+    card = {"files": data.files, "run": _identity(settings, network, long_range, latent, data)}
+    return TrainingTask(network, long_range, latent, references, train, validation, card)
 
 
 def _long_range(settings: TrainingSettings, start: Potential | None) -> Potential | None:
     """Charges and dispersion that the network does not learn, or None for neither."""
     if start is not None:
-        if start.charges is None and start.dispersion is None:
+        charges = None if isinstance(start.charges, LatentCharges) else start.charges
+        if charges is None and start.dispersion is None:
             return None
-        return Potential(charges=start.charges, dispersion=start.dispersion)
-    if settings.charges.model == "none" and settings.dispersion is None:
+        return Potential(charges=charges, dispersion=start.dispersion)
+    changes: dict[str, Any] = {"device": "cpu"}
+    if settings.charges.model == "latent":
+        changes |= {"charges": Charges(model="none")}
+    if settings.charges.model in ("latent", "none") and settings.dispersion is None:
         return None
-    return build_potential(settings.run_settings().model_copy(update={"device": "cpu"}))
+    return build_potential(settings.run_settings().model_copy(update=changes))
+
+
+def _latent(settings: TrainingSettings, start: Potential | None) -> LatentCharges | None:
+    """How the charges interact that the network gives, or None where it gives none."""
+    if start is not None:
+        return start.charges if isinstance(start.charges, LatentCharges) else None
+    if settings.charges.model != "latent":
+        return None
+    c, constant = settings.charges, settings.coulomb.coulomb_constant
+    return LatentCharges(
+        conserve=c.conserve,
+        sigma=c.sigma,
+        epsilon_infinity=c.epsilon_infinity,
+        accuracy=settings.coulomb.accuracy,
+        coulomb_constant=COULOMB_CONSTANT if isinstance(constant, str) else constant,
+    )
 
 
 def _references(settings: TrainingSettings, data: TrainingData, start: Potential | None) -> dict[str, dict[int, float]]:
@@ -184,10 +294,15 @@ def _references(settings: TrainingSettings, data: TrainingData, start: Potential
 
 
 def _identity(
-    settings: TrainingSettings, network: NequIP, long_range: Potential | None, data: TrainingData
+    settings: TrainingSettings,
+    network: NequIP,
+    long_range: Potential | None,
+    latent: LatentCharges | None,
+    data: TrainingData,
 ) -> dict[str, Any]:
     """What must not change from one call to the next for a run to go on exactly."""
-    parts = [] if long_range is None else [long_range.charges, long_range.dispersion]
+    parts: list[Any] = [] if long_range is None else [long_range.charges, long_range.dispersion]
+    parts += [] if latent is None else [latent]
     start = settings.start
     identity = {
         "data": [[f["sha256"], f["use"], f["name"], f["frames"], f["labels"], f["units"]] for f in data.files],
@@ -222,10 +337,10 @@ def _check_same_run(folder: Path, identity: Mapping[str, Any]) -> None:
 def _finish(
     settings: TrainingSettings,
     task: TrainingTask,
-    trainer: Trainer,
-    result: TrainResult,
+    runs: Sequence[TrainedRun],
     path: Path,
     console: Console,
+    say: Callable[[str], None],
 ) -> None:
     """Writes model, report and figures from the best weights, and prints the errors."""
     folder = path.parent
@@ -233,29 +348,40 @@ def _finish(
         task = _refitted(task, settings.ridge)
     validated = evaluate_samples(task.network, task.validation)
     errors = errors_by_group(validated)
-    charges = None if task.long_range is None else task.long_range.charges
-    responses = {} if charges is None else report_charges(charges, task.validation)
+    charges: Any = None if task.long_range is None else task.long_range.charges
+    with_charges = Potential(charges=charges) if charges is not None else None
+    if task.latent is not None:
+        charges = task.latent
+        with_charges = Potential(_copy(task.network), charges, precision="double")
+    responses = {} if with_charges is None else report_charges(with_charges, task.validation)
     name = next(iter(task.references))
-    card = make_card(settings, task, trainer, result, errors, responses, name)
+    card = make_card(settings, task, runs, errors, responses, name)
+    committee = make_committee(settings, task, say)
+    if committee is not None:
+        card["committee"] = committee.report
     dispersion = None if task.long_range is None else task.long_range.dispersion
-    # a copy in single precision, which is what a model file holds
-    network = NequIP(**task.network.config)
-    network.load_state_dict(task.network.state_dict())
+    # in single precision, which is what a model file holds
+    network = _copy(task.network if committee is None else committee.network)
     save_potential(path, Potential(network, charges, dispersion, reference_energies=task.references[name]), card)
     (folder / "report.json").write_text(json.dumps(card, indent=1) + "\n")
     if settings.figures:
         from voltpi.driver.training_figures import draw_learning, draw_parity
 
-        draw_learning(folder / "log.csv", folder / "learning")
+        for run in runs:
+            draw_learning(run.folder / "log.csv", run.folder / "learning")
         draw_parity(evaluate_samples(task.network, _some(task.train)), validated, folder / "parity")
     print_errors(console, errors, responses)
-    console.print(
-        f"{_REASONS[result.reason]}: {path} (best epoch {result.best_epoch}); "
-        f"{'learning and parity figures, ' if settings.figures else ''}log.csv and report.json in {folder}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+    if committee is not None:
+        say(describe_report(committee.report))
+    best = ", ".join(str(run.result.best_epoch) for run in runs)
+    say(
+        f"{_REASONS[runs[0].result.reason]}: {path} (best epoch {best}); "
+        f"{'learning and parity figures, ' if settings.figures else ''}log.csv and report.json in {folder}"
     )
+
+
+def _copy(network: NequIP | Committee) -> Any:
+    return copy.deepcopy(network).to("cpu", torch.float32)
 
 
 def _some(samples: list[Sample]) -> list[Sample]:

@@ -6,8 +6,12 @@
      "reference_energies": {"8": eV}, "card": {…}}
 
 so that a model is one file that no loader can execute. ``charges`` with ``"kind": "taper"`` are ReaxNet's
-(:class:`~voltpi.potential.electrostatics.taper.TaperedPQEq`), without a kind PQEq's. ``card`` says what data it was
+(:class:`~voltpi.potential.electrostatics.taper.TaperedPQEq`), with ``"kind": "latent"`` the network's
+(:class:`~voltpi.potential.electrostatics.latent.LatentCharges`), without a kind PQEq's. ``card`` says what data it was
 trained on, its errors on held-out data, and what it is not for.
+
+``short_range`` may hold ``"committee": {"kind": "last-layers" | "seeds", "members": K, "calibration": {"energy": α,
+"forces": α}}`` beside the config, which is that of one member (:mod:`~voltpi.potential.committee`).
 """
 
 from __future__ import annotations
@@ -26,7 +30,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from voltpi.potential.committee import Committee, committee_of, describe_short_range
 from voltpi.potential.dispersion import D3
+from voltpi.potential.electrostatics.latent import LatentCharges
 from voltpi.potential.electrostatics.pqeq import ElementParameters, PQEq
 from voltpi.potential.electrostatics.taper import TaperedPQEq
 from voltpi.potential.errors import InputError
@@ -112,16 +118,16 @@ def read_card(name_or_path: str | Path) -> dict[str, Any]:
 def save_potential(path: str | Path, potential: Potential, card: dict[str, Any]) -> None:
     """Writes a whole potential with its card to one safetensors file, which is there whole or not at all.
 
-    Raises InputError for a short range that is no NequIP, and a path that cannot be written.
+    Raises InputError for a short range that is no NequIP or committee of them, and a path that cannot be written.
     """
     path = Path(path)
     network = potential.short_range
-    if network is not None and not isinstance(network, NequIP):
+    if network is not None and not isinstance(network, NequIP | Committee):
         raise InputError(f"a {type(network).__name__} cannot be saved: model files hold a NequIP short range")
     tensors = {} if network is None else {k: _compact(v) for k, v in network.state_dict().items()}
     description = {
         "format": FORMAT,
-        "short_range": None if network is None else {"kind": "nequip", "config": network.config},
+        "short_range": None if network is None else describe_short_range(network),
         "charges": None if potential.charges is None else _described(potential.charges),
         "dispersion": None if potential.dispersion is None else potential.dispersion.config,
         "reference_energies": {str(z): e for z, e in potential.reference_energies.items()},
@@ -157,7 +163,7 @@ def load_potential(
     path = model_path(name_or_path)
     network = None
     if description["short_range"] is not None:
-        network = _built(path, "short_range", lambda: NequIP(**description["short_range"]["config"]))
+        network = _built(path, "short_range", lambda: _short_range(description["short_range"]))
         network.to(torch.float64 if precision == "double" else torch.float32)
         with safe_open(str(path), framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -188,6 +194,12 @@ def _built(path: Path, part: str, build: Callable[[], _Part]) -> _Part:
         raise InputError(f"{path}: {part} in its description cannot be used ({reason}); save the model again") from None
 
 
+def _short_range(description: Mapping[str, Any]) -> NequIP | Committee:
+    network = NequIP(**description["config"])
+    committee = description.get("committee")
+    return network if committee is None else committee_of(network, committee)
+
+
 def _compact(values: Tensor) -> Tensor:
     """On the CPU, and in float32 where that loses nothing."""
     values = values.detach().contiguous().cpu()
@@ -208,8 +220,10 @@ def _charges(description: Mapping[str, Any]) -> Any:
     kind = config.pop("kind", "pqeq")
     if kind == "pqeq":
         return PQEq.from_config(config)
+    if kind == "latent":
+        return LatentCharges.from_config(config)
     if kind != "taper":
-        raise ValueError(f"kind '{kind}', this version reads pqeq and taper")
+        raise ValueError(f"kind '{kind}', this version reads pqeq, latent and taper")
     if type(config["iterations"]) is not int:
         raise ValueError(f"iterations {config['iterations']!r} are no whole number")
     config["parameters"] = {symbol: ElementParameters(*row) for symbol, row in config["parameters"].items()}

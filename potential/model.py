@@ -10,7 +10,9 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor
 
+from voltpi.potential.committee import Committee, Uncertainty
 from voltpi.potential.dispersion import D3
+from voltpi.potential.electrostatics.latent import LatentCharges, add_charge_motion
 from voltpi.potential.electrostatics.pqeq import PQEq, PQEqSolution
 from voltpi.potential.errors import InputError
 from voltpi.potential.external.electrodes import check_electrodes
@@ -18,9 +20,14 @@ from voltpi.potential.fragments import assign_fragments
 from voltpi.potential.neighbors import NeighborCache, Neighbors, check_geometry
 from voltpi.potential.response import Response
 from voltpi.potential.shortrange.foundation import WholeModel
+from voltpi.potential.shortrange.latent import LatentPass
+from voltpi.potential.shortrange.nequip import NequIP
 from voltpi.potential.systems import Systems
 
-__all__ = ["Potential", "ShortRange", "pair_derivatives"]
+__all__ = ["Potential", "ShortRange", "pair_derivatives", "root_derivatives"]
+
+# deviations of a committee's members: energies [k, b], forces [k, n, 3], virials [k, b, 3, 3]
+Spread = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class ShortRange(Protocol):
@@ -41,6 +48,30 @@ def pair_derivatives(systems: Systems, pairs: Neighbors, gradient: Tensor) -> tu
     virial = torch.zeros_like(systems.cell)
     virial.index_add_(0, systems.batch[i], -gradient[:, :, None] * pairs.vectors[:, None, :])
     return forces, 0.5 * (virial + virial.transpose(1, 2))
+
+
+def root_derivatives(
+    systems: Systems, pairs: Neighbors, vectors: Tensor, roots: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Energies [k, b], forces [k, n, 3] and virials [k, b, 3, 3] of k sets of atomic energies ``roots`` [k, n].
+
+    ``vectors`` [e, 3] : the leaf from which the roots were computed, in the order of ``pairs``.
+    """
+    forces, virials = [], []
+    for k, root in enumerate(roots):
+        (gradient,) = torch.autograd.grad(
+            root.sum(), vectors, retain_graph=k + 1 < len(roots), allow_unused=True, materialize_grads=True
+        )
+        f, w = pair_derivatives(systems, pairs, gradient.to(torch.float64))
+        forces.append(f)
+        virials.append(w)
+    return _by_structure(systems, roots), torch.stack(forces), torch.stack(virials)
+
+
+def _by_structure(systems: Systems, atomic: Tensor) -> Tensor:
+    """[..., n] summed over the atoms of each structure, [..., b], in float64."""
+    energy = torch.zeros(*atomic.shape[:-1], systems.n_systems, dtype=torch.float64, device=atomic.device)
+    return energy.index_add_(-1, systems.batch, atomic.detach().to(torch.float64))
 
 
 class Potential:
@@ -90,6 +121,10 @@ class Potential:
             short_range.requires_grad_(False)
         local = short_range is not None and not isinstance(short_range, WholeModel)
         self._pairs = NeighborCache(short_range.cutoff) if local else None
+        if isinstance(charges, LatentCharges) and getattr(short_range, "latent_readout", None) is None:
+            raise InputError(
+                "charges.model latent needs a network that gives latent charges: set model to one that was trained so"
+            )
         self._wall_pairs = None if walls is None else NeighborCache(walls.cutoff)
 
     def to(self, device: torch.device | str) -> Potential:
@@ -140,9 +175,12 @@ class Potential:
         polarizability: bool = False,
         smallest_curvature: bool = False,
         capacitance: bool = False,
+        uncertainty: Uncertainty = "none",
     ) -> Response:
         """Energy and everything that follows from it; ``start`` is an earlier Response of the same atoms (warm start).
 
+        ``uncertainty`` : of a committee, that of the energy (which costs next to nothing), of the forces too (one
+        backward pass a member), or with the members' answers; ``none`` is all that other short ranges have.
         Raises InputError, NoStablePointError or NotConvergedError, each a sentence that names atom and fix.
         """
         systems = systems.to(self.device)
@@ -157,7 +195,17 @@ class Potential:
         forces = torch.zeros_like(systems.positions)
         virial = torch.zeros_like(systems.cell)
         inner, atoms = self._modelled(systems)
-        if self.short_range is not None:
+        spread: Spread | None = None
+        read = self._read_charges(inner) if isinstance(self.charges, LatentCharges) else None
+        if read is not None:
+            terms["short_range"] = read.energy
+            systems = systems.replace(carried=self._latent_charges(systems, read, atoms))
+            if uncertainty != "none":
+                spread = self._committee(inner, forces=uncertainty != "energy")[1]
+        elif uncertainty != "none":
+            (energy, f, w), spread = self._committee(inner, forces=uncertainty != "energy")
+            terms["short_range"], forces, virial = energy, forces.index_add(0, atoms, f), virial + w
+        elif self.short_range is not None:
             energy, f, w = self._short_range(inner)
             terms["short_range"], forces, virial = energy, forces.index_add(0, atoms, f), virial + w
         if self.reference_energies:
@@ -176,6 +224,10 @@ class Potential:
             smallest_curvature=smallest_curvature,
             capacitance=capacitance,
         )
+        if read is not None:
+            assert solved is not None
+            solved, (f, w) = self._with_motion(systems, solved, read, atoms)
+            forces, virial = forces.index_add(0, atoms, f), virial + w
         n, b = systems.n_atoms, systems.n_systems
         charges, shells = forces.new_zeros(n), forces.new_zeros(n, 3)
         dipole, field, residual = forces.new_zeros(b, 3), forces.new_zeros(b, 3), forces.new_zeros(b)
@@ -187,8 +239,14 @@ class Potential:
             charges, shells, dipole, field = solved.charges, solved.shells, solved.dipole, solved.field
             residual, iterations = solved.residual, solved.iterations
             electrodes = solved.electrodes
+        total = torch.stack(list(terms.values())).sum(0)
+        members = None
+        if spread is not None and isinstance(self.short_range, Committee):
+            energies, f, w = spread
+            f = None if f is None else f.new_zeros(len(f), n, 3).index_copy(1, atoms, f)  # electrodes have none
+            members = self.short_range.members((energies, f, w), (total, forces, virial))
         return Response(
-            energy=torch.stack(list(terms.values())).sum(0),
+            energy=total,
             forces=forces,
             virial=virial,
             charges=charges,
@@ -203,6 +261,7 @@ class Potential:
             polarizability=None if solved is None else solved.polarizability,
             smallest_curvature=None if solved is None else solved.smallest_curvature,
             capacitance=None if solved is None else solved.capacitance,
+            members=members,
         )
 
     def _modelled(self, systems: Systems) -> tuple[Systems, Tensor]:
@@ -249,8 +308,46 @@ class Potential:
         guess = None
         if start is not None and len(start.charges) == systems.n_atoms:
             guess = (start.charges, start.shells)
+        if wanted.get("polarizability") and isinstance(self.charges, LatentCharges) and systems.electrode is None:
+            raise InputError(
+                "output.polarizability: latent charges do not answer to a field while the nuclei stay; set it to false"
+            )
         solution = self.charges.solve(systems, start=guess, **wanted)
         return self._response_of(systems, solution) if self.response_only else solution
+
+    def _read_charges(self, systems: Systems) -> LatentPass:
+        """The network's energy and latent charges of what it models."""
+        assert isinstance(self.short_range, NequIP)
+        assert self._pairs is not None
+        return LatentPass(self.short_range, systems, self._pairs(systems), self._dtype)
+
+    def _latent_charges(self, systems: Systems, read: LatentPass, atoms: Tensor) -> Tensor:
+        """Charges [n] (e) of the batch; 0 on electrodes."""
+        assert isinstance(self.charges, LatentCharges)
+        given = torch.zeros_like(systems.positions[:, 0]).index_copy(0, atoms, read.charges)
+        return self.charges.constrained(systems, given)
+
+    def _with_motion(
+        self, systems: Systems, solved: PQEqSolution, read: LatentPass, atoms: Tensor
+    ) -> tuple[PQEqSolution, tuple[Tensor, Tensor]]:
+        """The solution with Born charges of charges that change with the positions; forces and virial of the network.
+
+        Both include what the change of the charges costs, (∂q/∂r)ᵀ ∂Ω/∂q.
+        """
+        model = self.charges
+        assert isinstance(model, LatentCharges)
+        assert solved.charge_gradient is not None
+        potential = model.unconstrained(systems, solved.charge_gradient)[atoms]
+        derivatives = pair_derivatives(read.systems, read.pairs, read.gradient(potential))
+        if solved.born_charges is not None:
+
+            def moved(factors: Tensor) -> Tensor:
+                change = read.moved(model.unconstrained(systems, factors)[atoms])
+                return torch.zeros_like(systems.positions).index_copy(0, atoms, change)
+
+            born = add_charge_motion(model, systems, solved, moved)
+            solved = dataclasses.replace(solved, born_charges=born)
+        return solved, derivatives
 
     def _response_of(self, systems: Systems, solution: PQEqSolution) -> PQEqSolution:
         """The same with energy, forces and virial counted from zero field, electrodes at 0 V (or without charge)."""
@@ -277,6 +374,27 @@ class Potential:
         assert self._pairs is not None
         return self._local(self.short_range, systems, self._pairs(systems), self._dtype)
 
+    def _committee(self, systems: Systems, *, forces: bool) -> tuple[tuple[Tensor, Tensor, Tensor], Spread]:
+        """Energy [b], forces and virial of the committee's mean, and the deviations of its members from them."""
+        model = self.short_range
+        if not isinstance(model, Committee):
+            raise InputError(
+                "output.uncertainty needs a model with a committee, which this potential has not: train one with "
+                "training.committee, or give one to a model with `voltpi committee`"
+            )
+        assert self._pairs is not None
+        pairs = self._pairs(systems)
+        vectors = pairs.vectors.to(self._dtype).detach().requires_grad_(True)
+        with torch.enable_grad():
+            roots = model.roots(systems.numbers, pairs.index, vectors)
+            asked = roots if forces else model.combine(roots)[0][None]
+            answers = root_derivatives(systems, pairs, vectors, asked)
+        if not forces:
+            energy, deviations = model.combine(_by_structure(systems, roots))
+            return (energy, answers[1][0], answers[2][0]), (deviations, None, None)
+        (energy, de), (f, df), (w, dw) = (model.combine(values) for values in answers)
+        return (energy, f, w), (de, df, dw)
+
     def _local(
         self, model: Any, systems: Systems, pairs: Neighbors, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,9 +406,7 @@ class Potential:
             (gradient,) = torch.autograd.grad(atomic.sum(), vectors, allow_unused=True)
         if gradient is None:
             gradient = torch.zeros_like(vectors)
-        energy = torch.zeros(systems.n_systems, dtype=torch.float64, device=self.device)
-        energy.index_add_(0, systems.batch, atomic.detach().to(torch.float64))
-        return (energy, *pair_derivatives(systems, pairs, gradient.to(torch.float64)))
+        return (_by_structure(systems, atomic), *pair_derivatives(systems, pairs, gradient.to(torch.float64)))
 
 
 def _check_carried(systems: Systems) -> None:
