@@ -316,7 +316,7 @@ def test_positions_that_are_not_finite_stop_the_run(bad: float) -> None:
 
 
 UNAVAILABLE = {
-    "charges.model": ["latent", "linear-qeq"],
+    "charges.model": ["linear-qeq"],
     "short_range": [{"foundation": "mace:model.pt"}, {"foundation": "qet:folder"}],
 }
 

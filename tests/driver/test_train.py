@@ -391,7 +391,7 @@ def test_the_long_range_part_names_the_frame(tmp_path: Path, capsys: pytest.Capt
         ({"data.validation": 1.5}, ["data.validation"]),
         ({"data.train": "none.xyz"}, ["none.xyz: cannot be read"]),
         ({"loss": {"huber_forces": 0.5}}, ["loss: huber_forces belongs to kind: huber"]),
-        ({"charges.model": "fixed"}, ["charges.model: fixed cannot be trained with; use pqeq, qeq or none"]),
+        ({"charges.model": "fixed"}, ["charges.model: fixed cannot be trained with; use pqeq, qeq, latent or none"]),
         ({"charges.shel_limit": 0.5}, ["unknown key charges.shel_limit; did you mean charges.shell_limit?"]),
         ({"freeze": ["embedding"]}, ["freeze is for fine-tuning"]),
         ({"reference_energies": {"Xx": 1.0}}, ["reference_energies", "no element is called Xx"]),
