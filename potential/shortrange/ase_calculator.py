@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
+from ase.geometry import complete_cell
 from torch import Tensor
 
 from voltpi.potential.errors import InputError, VoltPIError
@@ -70,7 +71,7 @@ class ASEModel(WholeModel):
             atoms = Atoms(
                 numbers=part.numbers.cpu().numpy(),
                 positions=part.positions.cpu().numpy(),
-                cell=part.cell[0].cpu().numpy(),
+                cell=_whole_cell(part.cell[0].cpu().numpy(), part.positions.cpu().numpy()),
                 pbc=part.pbc[0].cpu().numpy(),
             )
             atoms.calc = self.calculator
@@ -97,3 +98,17 @@ class ASEModel(WholeModel):
                 f"{self.name} has no stress, which a periodic structure needs for its virial: use a calculator with one"
             ) from None
         return -stress * atoms.get_volume()
+
+
+def _whole_cell(cell: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Cell [3, 3] (Å) with a vector along every direction that has none, where there is one at all.
+
+    A slab needs a volume for its stress, although none for its virial, stress × volume.
+    """
+    missing = ~cell.any(axis=1)
+    if missing.all() or not missing.any():
+        return cell
+    room = float(np.ptp(positions, axis=0).max()) + 10.0
+    whole = complete_cell(cell)
+    whole[missing] *= room
+    return whole

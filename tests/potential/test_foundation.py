@@ -153,6 +153,27 @@ def test_any_ase_calculator(tmp_path, monkeypatch):
         np.testing.assert_allclose(answer.virial[k], expected, atol=1e-10)
 
 
+def test_an_ase_calculator_in_a_slab():
+    """A slab has no volume, but a virial: ∂E/∂strain in its plane, whatever the cell is across it."""
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.1, seed=4)
+    atoms.pbc = True, True, False
+    atoms.cell[2] = 0
+    potential = Potential(load_foundation("ase:ase.calculators.emt:EMT"))
+    strain = np.array([[0.3, 0.1, 0.0], [0.2, -0.4, 0.0], [0.0, 0.0, 0.0]])
+
+    def energy(x):
+        moved = atoms.copy()
+        moved.set_cell(atoms.cell @ (np.eye(3) + x * strain).T)
+        moved.positions = atoms.positions @ (np.eye(3) + x * strain).T
+        return potential(Systems.from_atoms(moved)).energy.item()
+
+    h = 1e-4
+    slope = (energy(-2 * h) - 8 * energy(-h) + 8 * energy(h) - energy(2 * h)) / (12 * h)
+    virial = potential(Systems.from_atoms(atoms)).virial[0].numpy()
+    assert -(virial * strain).sum() == pytest.approx(slope, rel=1e-7)
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
