@@ -14,7 +14,7 @@ from voltpi.driver.settings_file import origin_of, read_yaml
 from voltpi.potential.errors import InputError
 from voltpi.potential.model import Potential
 
-__all__ = ["build_potential", "choose_device"]
+__all__ = ["build_potential", "choose_device", "read_charge_parameters"]
 
 # settings key -> attribute of the charge model; these belong to the physics that a checkpoint was trained with
 _TRAINED = {
@@ -23,6 +23,7 @@ _TRAINED = {
     "charges.limiter": "limiter",
     "charges.shell_limit": "shell_limit",
     "charges.sigma": "sigma",
+    "charges.relaxation": "relaxation",
     "coulomb.coulomb_constant": "coulomb_constant",
 }
 
@@ -53,6 +54,9 @@ def build_potential(settings: Settings) -> Potential:
             "model: water or charges.model: pqeq",
         )
     foundation = _foundation(settings)
+    if settings.charges.model == "linear-qeq":  # these charges bring their energy along
+        linear = _linear_qeq(settings, foundation)
+        return Potential(None, linear, _dispersion(settings), precision=settings.precision).to(device)
     charges = _charges(settings)
     potential = Potential(
         _short_range(settings) if foundation is None else foundation,
@@ -84,9 +88,6 @@ def choose_device(settings: Settings) -> str:
 def _unavailable(s: Settings) -> Iterator[tuple[str, str]]:
     """Pairs (key, sentence) for valid settings that this version cannot honour."""
 
-    def no(key: str, value: str, instead: str) -> tuple[str, str]:
-        return key, f"{key}: {value} is not available in this version; use {instead}"
-
     if s.short_range is not None and s.short_range.foundation is not None and s.has_model:
         yield (
             "short_range.foundation",
@@ -98,8 +99,8 @@ def _unavailable(s: Settings) -> Iterator[tuple[str, str]]:
             "charges.model: latent needs a network that gives the charges; set model to one that was trained with "
             "charges.model: latent (voltpi train)",
         )
-    elif s.charges.model not in ("pqeq", "qeq", "fixed", "latent", "none"):
-        yield no("charges.model", s.charges.model, "pqeq, qeq, fixed or none")
+    if s.charges.model == "linear-qeq" and not s.has_model:
+        yield from _not_with_linear_qeq(s)
     if s.output.uncertainty != "none" and not s.has_model:
         yield "output.uncertainty", f"output.uncertainty needs {_A_COMMITTEE}"
     if s.displacement is not None and s.coulomb.method == "taper":
@@ -133,6 +134,50 @@ def _not_tapered(s: Settings, instead: str) -> Iterator[tuple[str, str]]:
                 f"output.{key}",
                 f"output.{key} needs stationary charges, which coulomb.method: taper stops short of; use {instead}",
             )
+
+
+def _not_with_linear_qeq(s: Settings) -> Iterator[tuple[str, str]]:
+    """Pairs (key, sentence) for settings that the charges inside a QET do not have."""
+    foundation = None if s.short_range is None else s.short_range.foundation
+    if foundation is None or foundation.partition(":")[0] not in ("qet", "qet-matgl2"):
+        yield (
+            "charges.model",
+            "charges.model: linear-qeq are the charges inside a QET; set short_range.foundation to qet:PATH, or use "
+            "pqeq",
+        )
+    if s.charges.conserve != "total":
+        yield (
+            "charges.conserve",
+            "charges.conserve: fragments is not available with charges.model: linear-qeq, whose charge flows through "
+            "the whole structure; use total",
+        )
+    meant = ("charges.model", "charges.net_charge", "charges.conserve", "coulomb.boundary")
+    for key in s.given_for_charges():
+        if key not in meant:
+            yield key, f"{key} has no meaning with charges.model: linear-qeq, whose charges a network gives; remove it"
+    if s.coulomb.boundary.startswith("finite-field"):
+        yield (
+            "coulomb.boundary",
+            f"coulomb.boundary: {s.coulomb.boundary} is not available with charges.model: linear-qeq, which has no "
+            "field; use the boundary of the structure, or charges.model: pqeq",
+        )
+    for key in ("born_charges", "polarizability", "smallest_curvature"):
+        if getattr(s.output, key):
+            yield (
+                f"output.{key}",
+                f"output.{key} is not defined with charges.model: linear-qeq, which has no field; set it to false, or "
+                "use charges.model: pqeq",
+            )
+
+
+def _linear_qeq(settings: Settings, foundation: Any) -> Any:
+    """The charges inside a QET. Raises InputError for electrodes that these cannot honour."""
+    from voltpi.potential.shortrange.qet import LinearQEq
+
+    try:
+        return LinearQEq(foundation, _electrodes(settings)["electrodes"])
+    except InputError as error:
+        raise settings.refusal("electrodes", str(error)) from None
 
 
 def _foundation(settings: Settings) -> Any:
@@ -188,7 +233,7 @@ def _charges(settings: Settings) -> Any:
     if c.model == "none":
         return None
     constant = COULOMB_CONSTANT if settings.coulomb.coulomb_constant == "codata" else settings.coulomb.coulomb_constant
-    table = _parameters(c.parameters)
+    table = read_charge_parameters(c.parameters)
     if c.model == "fixed":
         return FixedCharges(
             parameters=table,
@@ -248,7 +293,7 @@ def _widths(settings: Settings) -> dict[str, float] | None:
     return widths
 
 
-def _parameters(source: str) -> dict[str, Any]:
+def read_charge_parameters(source: str) -> dict[str, Any]:
     """The shipped table, with the rows of a CSV or the numbers of a YAML file ({O: {K: 400}}) put over it.
 
     Raises InputError for a file that cannot be read, an unknown element or name, and a number that cannot be.

@@ -251,7 +251,7 @@ def _contradictions(s: Settings) -> Iterator[tuple[str, str]]:
             yield "coulomb.method", "coulomb.method: taper is for charges.model: pqeq or qeq, not fixed; use auto"
     if charges.model == "latent":
         for key in ("limiter", "shell_limit", "response", "carried", "parameters"):
-            if f"charges.{key}" in given and not (key == "parameters" and s.electrodes):
+            if f"charges.{key}" in given and not (key == "parameters" and (s.electrodes or charges.relaxation)):
                 yield (
                     f"charges.{key}",
                     f"charges.{key} has no meaning with charges.model: latent, whose charges a network gives and which "
@@ -260,7 +260,7 @@ def _contradictions(s: Settings) -> Iterator[tuple[str, str]]:
         if coulomb.method == "taper":
             yield "coulomb.method", "coulomb.method: taper is for charges.model: pqeq or qeq, not latent; use auto"
     elif not s.has_model:
-        for key in ("charges.sigma", "charges.epsilon_infinity"):
+        for key in ("charges.sigma", "charges.epsilon_infinity", "charges.relaxation"):
             if key in given:
                 yield key, f"{key} belongs to charges.model: latent, not {charges.model}; remove it"
     if charges.limiter == "none" and "charges.shell_limit" in given:
@@ -444,6 +444,11 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
     model = data.get("model")
     if isinstance(model, str) and ("/" in model or model.endswith(".safetensors")):
         data["model"] = str(folder / model)
+    short_range = data.get("short_range")
+    if isinstance(short_range, dict) and isinstance(short_range.get("foundation"), str):
+        kind, colon, path = short_range["foundation"].partition(":")
+        if path and kind != "ase":
+            short_range["foundation"] = f"{kind}{colon}{folder / path}"
     charges = data.get("charges")
     if isinstance(charges, dict) and isinstance(charges.get("parameters"), str) and charges["parameters"] != "default":
         charges["parameters"] = str(folder / charges["parameters"])

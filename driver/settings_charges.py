@@ -118,7 +118,8 @@ def _width(value: Any) -> Any:
 class Charges(Strict):
     """The charges and what they may do (``voltpi.potential`` defines the functional).
 
-    sigma, epsilon_infinity : of ``latent`` charges: width of their Gaussians (Å), permittivity at fixed nuclei
+    sigma, epsilon_infinity, relaxation : of ``latent`` charges: width of their Gaussians (Å), permittivity at fixed
+        nuclei, whether they relax from what the network gives
     """
 
     model: Literal["pqeq", "qeq", "fixed", "latent", "linear-qeq", "none"] = "pqeq"
@@ -134,6 +135,7 @@ class Charges(Strict):
     width: Annotated[Literal["point"] | dict[str, float], PlainValidator(_width)] = "point"
     sigma: Annotated[Number, Field(gt=0)] = 1.0
     epsilon_infinity: Annotated[Number, Field(ge=1)] = 1.0
+    relaxation: bool = False
 
 
 class Taper(Strict):

@@ -10,7 +10,7 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor
 
-from voltpi.potential.committee import Committee, Uncertainty
+from voltpi.potential.committee import Committee, LastLayers, Uncertainty
 from voltpi.potential.dispersion import D3
 from voltpi.potential.electrostatics.latent import LatentCharges, add_charge_motion
 from voltpi.potential.electrostatics.pqeq import PQEq, PQEqSolution
@@ -121,7 +121,7 @@ class Potential:
             short_range.requires_grad_(False)
         local = short_range is not None and not isinstance(short_range, WholeModel)
         self._pairs = NeighborCache(short_range.cutoff) if local else None
-        if isinstance(charges, LatentCharges) and getattr(short_range, "latent_readout", None) is None:
+        if isinstance(charges, LatentCharges) and getattr(_one(short_range), "latent_readout", None) is None:
             raise InputError(
                 "charges.model latent needs a network that gives latent charges: set model to one that was trained so"
             )
@@ -130,7 +130,7 @@ class Potential:
     def to(self, device: torch.device | str) -> Potential:
         """Moves the network to a device; structures are moved there when they come."""
         self.device = torch.device(device)
-        for part in (self.short_range, self.walls):
+        for part in (self.short_range, self.walls, self.charges):
             if isinstance(part, torch.nn.Module):
                 part.to(self.device)
         return self
@@ -161,7 +161,7 @@ class Potential:
         if systems.carried is not None:
             _check_carried(systems)
         if systems.electrode is not None:
-            if not isinstance(self.charges, PQEq):
+            if not hasattr(self.charges, "electrodes"):
                 raise InputError("electrodes need the whole Coulomb sum: set coulomb.method to auto")
             check_electrodes(systems, self.charges.electrodes, self.charges.finite_field)
         return systems
@@ -308,7 +308,8 @@ class Potential:
         guess = None
         if start is not None and len(start.charges) == systems.n_atoms:
             guess = (start.charges, start.shells)
-        if wanted.get("polarizability") and isinstance(self.charges, LatentCharges) and systems.electrode is None:
+        rigid = isinstance(self.charges, LatentCharges) and not self.charges.relaxation and systems.electrode is None
+        if wanted.get("polarizability") and rigid:
             raise InputError(
                 "output.polarizability: latent charges do not answer to a field while the nuclei stay; set it to false"
             )
@@ -317,9 +318,10 @@ class Potential:
 
     def _read_charges(self, systems: Systems) -> LatentPass:
         """The network's energy and latent charges of what it models."""
-        assert isinstance(self.short_range, NequIP)
+        network = _one(self.short_range)
+        assert isinstance(network, NequIP)
         assert self._pairs is not None
-        return LatentPass(self.short_range, systems, self._pairs(systems), self._dtype)
+        return LatentPass(network, systems, self._pairs(systems), self._dtype)
 
     def _latent_charges(self, systems: Systems, read: LatentPass, atoms: Tensor) -> Tensor:
         """Charges [n] (e) of the batch; 0 on electrodes."""
@@ -407,6 +409,11 @@ class Potential:
         if gradient is None:
             gradient = torch.zeros_like(vectors)
         return (_by_structure(systems, atomic), *pair_derivatives(systems, pairs, gradient.to(torch.float64)))
+
+
+def _one(short_range: Any) -> Any:
+    """The network that gives latent charges, which last layers share."""
+    return short_range.network if isinstance(short_range, LastLayers) else short_range
 
 
 def _check_carried(systems: Systems) -> None:

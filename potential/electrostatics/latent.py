@@ -8,13 +8,18 @@ k_e erf(r/√2σ)/r; no charge interacts with itself, but with its periodic imag
 What the network gives is shifted evenly, over the structure or over every fragment (``conserve``), so that the net
 charge is met. With q(r) the energy is Ω(q(r), r) + short range, and its forces −∂Ω/∂r − (∂q/∂r)ᵀ ∂Ω/∂q.
 
-Learned from forces, latent charges are those that a medium of frozen nuclei has screened: charges in a field are √ε∞
-times larger, M = √ε∞ Σ q r. In a field along a periodic direction M has to be one number, so charges must stay within
-fragments there; Born charges ∂M/∂r need no such thing (:func:`add_charge_motion`).
+Learned from forces, latent charges are those that a medium of frozen nuclei has screened: charges in a field are
+√ε∞ times larger, M = √ε∞ Σ q r. In a field along a periodic direction M has to be one number, so charges must stay
+within fragments there; Born charges ∂M/∂r need no such thing (:func:`add_charge_motion`).
+
+With ``relaxation`` the network's charges q⁰ are those of atoms by themselves, and q minimises
+½ Σ η (q − q⁰)² + E_coulomb(q) − ε·M (electronegativities −η q⁰ in PQEq's functional without shells): charges then
+answer to each other, to fields and to electrodes, and √ε∞ is left out.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from voltpi.potential.electrostatics.pqeq import FixedCharges, PQEqSolution
+from voltpi.potential.electrostatics.pqeq import ElementParameters, FixedCharges, PQEq, PQEqSolution
 from voltpi.potential.errors import InputError
 from voltpi.potential.systems import Systems
 
@@ -40,13 +45,15 @@ class LatentCharges(FixedCharges):
         fragment (``fragments``)
     sigma : Å, width of the Gaussian density ∝ exp(−r²/σ²)
     epsilon_infinity : relative permittivity at fixed nuclei of what the model was trained on
+    relaxation : whether charges relax from what the network gives, against the hardness of ``parameters``
 
-    ``parameters`` are those of electrodes without eta.
+    ``parameters`` are also those of electrodes without eta.
     """
 
     response: str = "all"
     sigma: float = 1.0
     epsilon_infinity: float = 1.0
+    relaxation: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +63,11 @@ class LatentCharges(FixedCharges):
         ):
             if not (math.isfinite(value) and value > 0):
                 raise InputError(f"charges.{key} is {value:g}: {fix}")
+        if self.relaxation and self.epsilon_infinity != 1:
+            raise InputError(
+                f"charges.epsilon_infinity is {self.epsilon_infinity:g} with charges.relaxation, which screens by "
+                "itself: set it to 1"
+            )
 
     @property
     def carries(self) -> bool:
@@ -68,13 +80,20 @@ class LatentCharges(FixedCharges):
     @property
     def config(self) -> dict[str, Any]:
         """JSON-able arguments to build the same model again."""
-        names = ("conserve", "sigma", "epsilon_infinity", "accuracy", "coulomb_constant", "tolerance")
-        return {"kind": "latent", **{name: getattr(self, name) for name in names}}
+        names = ("conserve", "sigma", "epsilon_infinity", "relaxation", "accuracy", "coulomb_constant", "tolerance")
+        own = {"kind": "latent", **{name: getattr(self, name) for name in names}}
+        return own | ({"parameters": {k: list(v) for k, v in self.parameters.items()}} if self.relaxation else {})
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LatentCharges:
         """The model that ``config`` describes."""
-        return cls(**{k: v for k, v in config.items() if k != "kind"})
+        own = {k: v for k, v in config.items() if k != "kind"}
+        if "parameters" in own:
+            own["parameters"] = {k: ElementParameters(*v) for k, v in own["parameters"].items()}
+        return cls(**own)
+
+    def _free(self, electrolyte: Tensor) -> Tensor:
+        return torch.ones_like(electrolyte) if self.relaxation else ~electrolyte
 
     def _flowing(self, electrolyte: Tensor) -> Tensor:
         return electrolyte
@@ -86,8 +105,54 @@ class LatentCharges(FixedCharges):
 
     def _element_rows(self, numbers: Tensor) -> Tensor:
         rows = torch.zeros(len(numbers), 5, dtype=torch.float64, device=numbers.device)
+        if self.relaxation:
+            rows[:, 1] = PQEq._element_rows(self, numbers)[:, 1]
         rows[:, 3], rows[:, 4] = 1.0, self.sigma**-2
         return rows
+
+    def tensors(self, system: Systems) -> dict[str, Tensor]:
+        """As of PQEq, with electronegativities −η q⁰ where charges relax."""
+        out = super().tensors(system)
+        if self.relaxation:
+            out["chi"] = torch.where(self._electrolyte(system), -out["eta"] * self._given(system), out["chi"])
+        return out
+
+    def hardness(self, system: Systems) -> Tensor | None:
+        """η [n] (eV/e²) of charges that relax, None where they do not."""
+        return self._element_rows(system.numbers)[:, 1] if self.relaxation else None
+
+    def _given(self, system: Systems) -> Tensor:
+        if system.carried is None:
+            raise InputError(
+                "charges.model is latent but the structure brings no charges: evaluate it with its network"
+            )
+        return system.carried
+
+    def solve(self, system: Systems, **options: Any) -> PQEqSolution:
+        """As of PQEq; ``charge_gradient`` and ``charge_response`` are those of what the network gives.
+
+        Raises as PQEq, and InputError for Born charges where relaxing charges flow across a cell.
+        """
+        if not self.relaxation:
+            return super().solve(system, **options)
+        if options.get("born_charges") and self.conserve == "total" and bool(system.pbc.any()):
+            raise InputError(
+                "output.born_charges with charges.relaxation and charges.conserve total in a periodic structure: charge "
+                "would flow across the cell without end; use a model that was trained with charges.conserve: fragments"
+            )
+        solution = super().solve(system, **options)
+        kept = self._electrolyte(system)
+        eta = torch.where(kept, self.tensors(system)["eta"], 0.0)
+        given = torch.where(kept, self._given(system), 0.0)
+        constant = torch.zeros_like(solution.energy).index_add_(0, system.batch, 0.5 * eta * given.square())
+        response = solution.charge_response
+        return dataclasses.replace(
+            solution,
+            energy=solution.energy + constant,
+            terms={**solution.terms, "latent": constant},
+            charge_gradient=eta * (given - solution.charges),
+            charge_response=None if response is None else eta[:, None] * response,
+        )
 
     def constrained(self, system: Systems, latent: Tensor) -> Tensor:
         """Charges [n] (e) from what the network gives [n], shifted to add up; 0 on electrodes.
@@ -131,7 +196,7 @@ def add_charge_motion(
     assert solution.born_charges is not None
     assert solution.charge_response is not None
     born, lever = solution.born_charges.clone(), solution.charge_response
-    if model.conserve == "fragments":
+    if model.conserve == "fragments" or model.relaxation:
         for a in range(3):
             born[:, a] += moved(lever[:, a])
         return born

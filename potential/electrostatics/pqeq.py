@@ -63,7 +63,8 @@ class PQEqSolution:
     energy [b], terms name -> [b], forces [n, 3], virial [b, 3, 3], charges [n], shells [n, 3], dipole [b, 3], field
     [b, 3], residual [b], iterations [b], born_charges [n, 3, 3], polarizability [b, 3, 3], smallest_curvature [b],
     electrodes name -> answers [b], capacitance [b, electrodes, electrodes]. charge_gradient [n] (V) is ∂Ω/∂q, which
-    does not vanish for held charges; charge_response [n, 3] (Å), beside Born charges, is −∂²Ω/∂q∂ε.
+    does not vanish for held charges; charge_response [n, 3], beside Born charges, is −∂²Ω/∂q∂ε (Å) of held charges,
+    ∂q/∂ε (e Å/V) of free ones.
     """
 
     energy: Tensor
@@ -207,7 +208,7 @@ class PQEq:
 
     @property
     def _flows_as(self) -> tuple[str, str, str]:
-        """The setting with which charges feel a field; what to set where they flow across a cell, or a fragment does."""
+        """With what charges feel a field; what to set instead where they flow across a cell, or a fragment does."""
         instead = "charges.response to shells"
         return "charges.response all", f"charges.conserve to fragments or {instead}", instead
 

@@ -18,9 +18,10 @@ _SOFTEST = 1e-6  # of 1/ε∞: where it vanishes, the response to a field diverg
 
 
 def to_field(functional: Functional, point: Point, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Born charges [n, 3, 3] (e), polarizability [b, 3, 3] (Å³) and −∂²Ω/∂q∂ε of held charges [n, 3] (Å).
+    """Born charges [n, 3, 3] (e), polarizability [b, 3, 3] (Å³) and what a field does to charges [n, 3].
 
-    All three at fixed field; the last is what M gains with a charge that is held, after the others have followed.
+    All three at fixed field; the last is −∂²Ω/∂q∂ε (Å) of a held charge, what M gains with it after the others have
+    followed, and ∂q/∂ε (e Å/V) of a free one.
 
     Where a displacement is held, the three answers X = H⁻¹U (U_a = ∂M_a/∂y) are those at fixed D; with α = UᵀX and the
     screening S = 4πk_e/V along its axes, those at fixed field are X (1 − Sα)⁻¹, exactly (Woodbury).
@@ -40,11 +41,14 @@ def to_field(functional: Functional, point: Point, tolerance: float) -> tuple[Te
         released = _at_fixed_field(functional, alpha)
         answers = torch.einsum("cny,nca->any", answers, released[batch])
         alpha = alpha @ released
-    born, response, held = torch.zeros_like(coupled), functional.lever.clone(), not bool(functional.free.all())
+    born, response = torch.zeros_like(coupled), torch.zeros_like(point.shells)
+    held = ~functional.free
     pull = functional.pull(point.field)
     for a, answer in enumerate(answers):
-        if held:
-            response[:, a] -= point.coulomb.product(answer)[:, 0]
+        response[:, a] = answer[:, 0]
+        if bool(held.any()):
+            pushed = functional.lever[:, a] - point.coulomb.product(answer)[:, 0]
+            response[:, a] = torch.where(held, pushed, response[:, a])
         change = point.coulomb.core_gradient_change(answer)
         net = functional.total(change)
         born[:, a] = (net / torch.bincount(batch)[:, None])[batch] - change

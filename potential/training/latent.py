@@ -35,7 +35,7 @@ class Interaction(NamedTuple):
 
     potential [n, n] V/e · gradient [n, n, 3] of potential[i, j] with r_i, V/(e Å) · strain [n, n, 3, 3] its derivative
     with a symmetric strain, V/e, or None without a stress label · lever [n, 3] ∂M/∂q, Å · scale √ε∞ · field [3] V/Å ·
-    group [n] and totals [groups] (e) of what the charges add up to
+    group [n] and totals [groups] (e) of what the charges add up to · hardness [n] eV/e² where charges relax, else None
     """
 
     potential: Tensor
@@ -46,6 +46,7 @@ class Interaction(NamedTuple):
     field: Tensor
     group: Tensor
     totals: Tensor
+    hardness: Tensor | None = None
 
     def to(self, dtype: torch.dtype, device: torch.device | str) -> Interaction:
         """The same in another precision, elsewhere."""
@@ -87,6 +88,7 @@ def interaction(model: LatentCharges, systems: Systems, *, stress: bool = False)
         field=systems.field[0],
         group=group,
         totals=totals,
+        hardness=model.hardness(systems),
     )
 
 
@@ -104,7 +106,7 @@ def with_interactions(samples: Sequence[Sample], model: LatentCharges, *, progre
 
 def _columns(model: LatentCharges, systems: Systems) -> tuple[Tensor, Tensor]:
     n = systems.n_atoms
-    table = model.tensors(systems)
+    table = model.tensors(systems.replace(carried=torch.zeros(n, dtype=torch.float64)))
     operator = CoulombOperator(
         systems, table["alpha"], -table["Z"], accuracy=model.accuracy, k_e=model.coulomb_constant, cache=model.kernels
     )
@@ -133,7 +135,11 @@ def long_range_of(latent: Tensor, interactions: tuple[Interaction, ...]) -> tupl
         sums = torch.zeros_like(part.totals).index_add(0, part.group, q)
         counts = torch.zeros_like(part.totals).index_add(0, part.group, torch.ones_like(q))
         q = q + ((part.totals - sums) / counts)[part.group]
-        energies.append(0.5 * q @ (part.potential @ q) - (part.lever * part.field).sum(1) @ q)
+        bare, q = q, q if part.hardness is None else _relaxed(q, part)
+        energy = 0.5 * q @ (part.potential @ q) - (part.lever * part.field).sum(1) @ q
+        if part.hardness is not None:
+            energy = energy + 0.5 * (part.hardness * (q - bare).square()).sum()
+        energies.append(energy)
         pull = part.scale * part.field - torch.einsum("ijc,j->ic", part.gradient, q)
         forces.append(q[:, None] * pull)
         if part.strain is None:
@@ -143,3 +149,15 @@ def long_range_of(latent: Tensor, interactions: tuple[Interaction, ...]) -> tupl
             turned = part.field[:, None] * moment
             strains.append(0.5 * torch.einsum("i,ijab,j->ab", q, part.strain, q) - 0.5 * (turned + turned.T))
     return torch.stack(energies), torch.cat(forces), torch.stack(strains)
+
+
+def _relaxed(bare: Tensor, part: Interaction) -> Tensor:
+    """Charges that minimise ½ Σ η (q − q⁰)² + ½ qᵀAq − ε·M with the sums of q⁰ in every group."""
+    assert part.hardness is not None
+    n, groups = len(bare), len(part.totals)
+    matrix = bare.new_zeros(n + groups, n + groups)
+    matrix[:n, :n] = part.potential + torch.diag(part.hardness)
+    atoms = torch.arange(n, device=bare.device)
+    matrix[n + part.group, atoms] = matrix[atoms, n + part.group] = 1.0
+    right = torch.cat([part.hardness * bare + (part.lever * part.field).sum(1), part.totals])
+    return torch.linalg.solve(matrix, right)[:n]

@@ -75,7 +75,14 @@ MODES = {
     "slab in a field": ("slab", "fragments", (0.1, -0.2, 0.15), None),
     "capacitor": ("capacitor", "total", (0, 0, 0.1), None),
     "capacitor, molecules": ("capacitor", "fragments", (0, 0, 0), None),
+    "open, relaxing": ("open", "total", (0.1, -0.2, 0.15), None),
+    "cell, relaxing": ("cell", "total", (0, 0, 0), None),
+    "cell in a field, relaxing": ("cell", "fragments", (0.1, -0.2, 0.15), None),
+    "cell at a displacement, relaxing": ("cell", "fragments", (0, -0.2, 0), (0.3, NAN, 0.1)),
+    "slab in a field, relaxing": ("slab", "fragments", (0.1, -0.2, 0.15), None),
+    "capacitor, relaxing molecules": ("capacitor", "fragments", (0, 0, 0.1), None),
 }
+RELAXING = [mode for mode in MODES if "relaxing" in mode]
 
 
 def prepared(network, mode, **changes):
@@ -84,7 +91,8 @@ def prepared(network, mode, **changes):
     charges = LatentCharges(
         **{
             "conserve": conserve,
-            "epsilon_infinity": 1.8,
+            "epsilon_infinity": 1.0 if mode in RELAXING else 1.8,
+            "relaxation": mode in RELAXING,
             "accuracy": 1e-10,
             "tolerance": 1e-11,
             "electrodes": metals,
@@ -119,7 +127,7 @@ def test_forces_are_exact_derivatives(network, mode):
     assert -float((answer.forces * along).sum()) == pytest.approx(work, rel=1e-7, abs=1e-8)
 
 
-@pytest.mark.parametrize("mode", [m for m in MODES if m != "open"])
+@pytest.mark.parametrize("mode", [m for m in MODES if "open" not in m])
 def test_virial_is_an_exact_derivative(network, mode):
     potential, systems = prepared(network, mode)
     strain = torch.from_numpy(np.random.default_rng(2).normal(size=(3, 3)))
@@ -134,10 +142,13 @@ def test_virial_is_an_exact_derivative(network, mode):
     assert -float((potential(systems).virial[0] * strain).sum()) == pytest.approx(work, rel=1e-7, abs=1e-8)
 
 
-@pytest.mark.parametrize("mode", ["open", "cell in a field", "cell at a displacement", "slab in a field"])
+WITH_DIPOLE = ["open", "cell in a field", "cell at a displacement", "slab in a field"]
+
+
+@pytest.mark.parametrize("mode", [*WITH_DIPOLE, *(f"{mode}, relaxing" for mode in WITH_DIPOLE)])
 def test_born_charges_are_derivatives_of_the_dipole(network, mode):
     potential, systems = prepared(network, mode)
-    fixed = systems.replace(displacement=None)  # Born charges are at fixed field
+    fixed = systems.replace(displacement=None, field=potential(systems).field)  # Born charges are at fixed field
     along = direction(systems)
     born = potential(systems, born_charges=True).born_charges
     for a in range(3):
@@ -148,7 +159,7 @@ def test_born_charges_are_derivatives_of_the_dipole(network, mode):
     assert born.sum(0).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("mode", ["capacitor", "capacitor, molecules"])
+@pytest.mark.parametrize("mode", ["capacitor", "capacitor, molecules", "capacitor, relaxing molecules"])
 def test_born_charges_between_electrodes_are_forces_per_field(network, mode):
     """∂F/∂ε across the plates, where charge on the metal follows."""
     potential, systems = prepared(network, mode)
@@ -167,6 +178,38 @@ def test_the_potential_difference_does_work_on_the_charges(network):
 
     charge = potential(systems).electrodes["high"]["charge"].item()
     assert charge == pytest.approx(-slope(energy, 0.1), rel=1e-7)
+
+
+@pytest.mark.parametrize("mode", [m for m in RELAXING if m != "cell, relaxing"])
+def test_polarizability_is_the_derivative_of_the_dipole(network, mode):
+    potential, systems = prepared(network, mode)
+    systems = systems.replace(displacement=None)
+    step = 1e-3 * torch.eye(3, dtype=torch.float64)[2:]
+    up, down = (potential(systems.replace(field=systems.field + sign * step)).dipole[0] for sign in (1, -1))
+    found = potential(systems, polarizability=True).polarizability[0, :, 2] / COULOMB_CONSTANT
+    assert torch.allclose(found, (up - down) / 2e-3, atol=1e-7)
+    assert found[2] > 1e-3
+
+
+def test_charges_relax_to_the_minimum_of_their_energy(network):
+    """½ Σ η (q − q⁰)² + Coulomb − ε·M, by numpy, for a molecule in a field."""
+    potential, systems = prepared(network, "open, relaxing")
+    rigid, _ = prepared(network, "open", epsilon_infinity=1.0)
+    answer, bare = potential(systems), rigid(systems).charges.numpy()
+    eta = potential.charges.hardness(systems).numpy()
+    assert set(np.round(eta, 3)) == {round(potential.charges.parameters[s].eta, 3) for s in "OH"}
+    r = np.linalg.norm(systems.positions.numpy()[:, None] - systems.positions.numpy(), axis=2)
+    np.fill_diagonal(r, 1.0)
+    pairs = COULOMB_CONSTANT * erf(r / math.sqrt(2)) / r
+    np.fill_diagonal(pairs, 0.0)
+    push = systems.positions.numpy() @ systems.field[0].numpy()
+    n = len(eta)
+    matrix = np.block([[pairs + np.diag(eta), np.ones((n, 1))], [np.ones((1, n)), np.zeros((1, 1))]])
+    q = np.linalg.solve(matrix, np.append(eta * bare + push, 0.0))[:n]
+    assert answer.charges.numpy() == pytest.approx(q, abs=1e-9)
+    energy = 0.5 * (eta * (q - bare) ** 2).sum() + 0.5 * q @ pairs @ q - push @ q
+    total = answer.energy.item() - answer.energy_terms["short_range"].item()
+    assert total == pytest.approx(energy, abs=1e-9)
 
 
 def published_sum(atoms, charges, sigma):
@@ -290,8 +333,9 @@ def test_mixed_precision_is_near_double(network):
     assert torch.allclose(one.forces, two.forces, atol=2e-5)
 
 
-def test_a_file_brings_everything_back(network, tmp_path):
-    potential, systems = prepared(network, "cell in a field", sigma=1.3)
+@pytest.mark.parametrize("mode", ["cell in a field", "cell in a field, relaxing"])
+def test_a_file_brings_everything_back(network, tmp_path, mode):
+    potential, systems = prepared(network, mode, sigma=1.3)
     save_potential(tmp_path / "m.safetensors", potential, {"name": "latent"})
     again = load_potential(tmp_path / "m.safetensors", precision="double")
     assert again.charges.config == potential.charges.config
@@ -313,6 +357,11 @@ def test_what_cannot_be_is_refused(network):
         Potential(plain, LatentCharges())
     with pytest.raises(InputError, match=r"charges\.model: latent"):
         plain.with_charges(torch.tensor([8]), torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0, 3))
+    relaxing, systems = prepared(network, "cell, relaxing")
+    with pytest.raises(InputError, match=r"output\.born_charges with charges\.relaxation"):
+        relaxing(systems, born_charges=True)
+    with pytest.raises(InputError, match="which screens by itself"):
+        LatentCharges(relaxation=True, epsilon_infinity=2.0)
     for key in ("sigma", "epsilon_infinity"):
         with pytest.raises(InputError, match=f"charges.{key} is -1"):
             LatentCharges(**{key: -1.0})
@@ -329,7 +378,9 @@ def sample(potential, systems):
     return Sample("a", "a.xyz", 0, systems, pairs.index, pairs.vectors, 0.0, forces, stress=stress, latent=own)
 
 
-@pytest.mark.parametrize("mode", ["open", "cell", "cell in a field", "slab"])
+@pytest.mark.parametrize(
+    "mode", ["open", "cell", "cell in a field", "slab", "open, relaxing", "cell, relaxing", "cell in a field, relaxing"]
+)
 def test_what_is_trained_is_what_runs(network, mode):
     potential, systems = prepared(network, mode)
     expected, labelled = potential(systems), sample(potential, systems)
@@ -344,7 +395,7 @@ def test_what_is_trained_is_what_runs(network, mode):
         assert torch.allclose(-labelled.volume * answer.stress[1], virial, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["open", "cell in a field"])
+@pytest.mark.parametrize("mode", ["open", "cell in a field", "cell in a field, relaxing"])
 def test_the_loss_has_an_exact_gradient(network, mode):
     potential, systems = prepared(network, mode)
     batch = pack(sample(potential, systems), dtype=torch.float64)
