@@ -1,9 +1,10 @@
 """Born charges of models against labels: R² and errors, over all entries and on the diagonal.
 
-    python born_charges.py DATA MODEL... [--key bec]
+    python born_charges.py DATA MODEL... [--key bec] [--transposed]
 
-DATA is extended XYZ with 9 Born charges an atom (e); MODEL a model file, or ``pqeq`` for PQEq with published
-parameters and no network. Frames with elements that a model does not know are left out, and counted.
+DATA is extended XYZ with 9 Born charges an atom (e): ∂M_a/∂r_b, a the row, or with ``--transposed`` the column (those of
+SPICE as distributed with LES are: Σ_i Z*_i (ω × r_i) = ω × M holds to 0.1 % that way). MODEL is a model file, or
+``pqeq`` for PQEq with published parameters and no network. Frames with elements that a model does not know are left out.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--key", default="bec")
+    parser.add_argument("--transposed", action="store_true", help="labels are [displacement, dipole]")
     options = parser.parse_args()
     frames = read(options.data, ":")
-    print(f"{'model':24} {'frames':>6} {'atoms':>6} | all: R²  corr²  RMSE (e) | diagonal: R²  corr²  RMSE")
+    print(
+        f"{'model':24} {'frames':>6} {'atoms':>6} | all: R²  corr²  RMSE (e) | diagonal: R²  corr²  RMSE | antisymmetric corr."
+    )
     for name in options.models:
         if name == "pqeq":
             potential = Potential(charges=PQEq(response="all"))
@@ -53,7 +57,8 @@ def main() -> None:
             assert answer.born_charges is not None
             used += 1
             ours.append(answer.born_charges.numpy())
-            labels.append(atoms.arrays[options.key].reshape(-1, 3, 3))
+            label = atoms.arrays[options.key].reshape(-1, 3, 3)
+            labels.append(label.transpose(0, 2, 1) if options.transposed else label)
         ours, labels = np.concatenate(ours), np.concatenate(labels)
         whole = r2(ours.reshape(-1), labels.reshape(-1))
         diagonal = r2(*(np.einsum("naa->na", x).reshape(-1) for x in (ours, labels)))

@@ -137,7 +137,7 @@ class LatentCharges(FixedCharges):
             return super().solve(system, **options)
         if options.get("born_charges") and self.conserve == "total" and bool(system.pbc.any()):
             raise InputError(
-                "output.born_charges with charges.relaxation and charges.conserve total in a periodic structure: charge "
+                "output.born_charges with charges.relaxation and charges.conserve total in a cell: charge "
                 "would flow across the cell without end; use a model that was trained with charges.conserve: fragments"
             )
         solution = super().solve(system, **options)

@@ -39,7 +39,8 @@ def report_charges(potential: Potential, samples: Sequence[Sample], *, most: int
     frames · dipole: rmse, rms of the labels (e·Å, modulo e times lattice vectors; neutral frames only) and, where
     it fits better with the opposite sign, a remark · polarizability: relative error (Frobenius), isotropic mean and
     that of the labels (Å³), and a remark where these are far apart · born_charges: rmse, rms of the labels (e), R² over
-    all entries · refused: why a frame could not be compared, where any could not.
+    all entries, and a remark where they fit better transposed · refused: why a frame could not be compared, where any
+    could not.
     """
     labelled = [s for s in samples if s.observed]
     chosen = labelled[:: max(1, -(-len(labelled) // most))]
@@ -106,4 +107,7 @@ def _compare(kind: str, both: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[s
     }
     if kind == "born_charges" and np.std(ours) > 0 and np.std(labels) > 0:
         report["r2"] = float(np.corrcoef(ours, labels)[0, 1] ** 2)
+        turned = np.concatenate([x.transpose(0, 2, 1).reshape(-1) for x, _ in both])
+        if np.mean(np.square(turned - labels)) < 0.9 * np.square(report["rmse"]):
+            report["remark"] = "fits better transposed: the labels may be [displacement, dipole]"
     return report

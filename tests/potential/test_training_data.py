@@ -360,10 +360,13 @@ def test_charges_are_compared_with_labels(tmp_path: Path) -> None:
     assert report["dipole"]["rmse"] < 1e-6 < report["dipole"]["rms_label"]
     assert report["polarizability"]["relative_error"] == pytest.approx(0.1 / 1.1, rel=1e-4)
     assert report["born_charges"]["r2"] > 0.999999
+    assert "remark" not in report["born_charges"]
     for atoms in frames:
         atoms.info["dipole"] = -atoms.info["dipole"]
+        atoms.arrays["bec"] = atoms.arrays["bec"].reshape(-1, 3, 3).transpose(0, 2, 1).reshape(-1, 9)
     report = report_charges(answer, load_dataset(stored(tmp_path, frames, **ALL_AUTO), CUTOFF))
     assert "opposite sign" in report["dipole"]["remark"]
+    assert "transposed" in report["born_charges"]["remark"]
     assert "remark" not in report["polarizability"]
     units = Units(polarizability="e*A/(V/A)")
     report = report_charges(answer, load_dataset(stored(tmp_path, frames, **ALL_AUTO, units=units), CUTOFF))
