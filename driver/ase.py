@@ -31,8 +31,10 @@ class VoltPICalculator(Calculator):
     ``field`` [3] (V/Å, that acts), ``residual`` (V), ``energy_terms``, ``electrodes`` {name: {charge: e, potential: V,
     residual: V}} with ``capacitive_energy`` (eV, ½ Σ ψ Q) where there are some and, as asked in ``output``,
     ``born_charges`` [n, 3, 3] (e; index order: atom, dipole direction, displacement direction), ``polarizability``
-    [3, 3] (Å³), ``capacitance`` [electrodes, electrodes] (e/V, ∂Q_a/∂ψ_b at fixed nuclei) and ``smallest_curvature``
-    (eV/Å²). With ``field: from-frame`` the field is ``atoms.info["electric_field"]`` (V/Å).
+    [3, 3] (Å³), ``capacitance`` [electrodes, electrodes] (e/V, ∂Q_a/∂ψ_b at fixed nuclei), ``smallest_curvature``
+    (eV/Å²), ``energy_uncertainty`` (eV), ``forces_uncertainty`` [n] (eV/Å) and ``committee``, the members' answers as
+    ``voltpi.driver.frames.record`` has them. With ``field: from-frame`` the field is ``atoms.info["electric_field"]``
+    (V/Å).
 
     The first structure fixes fragments, electrodes and carried charges; another composition or periodicity starts anew,
     and with ``charges.model: fixed`` other charges.
@@ -86,9 +88,13 @@ class VoltPICalculator(Calculator):
         )
         volume = self._evaluator.volume(np.asarray(atoms.cell))
         out = record(response, volume, 0.0)
-        arrays = ("forces", "charges", "shells", "dipole", "field", "born_charges", "polarizability", "capacitance")
-        self.results = {key: np.asarray(out[key]) for key in arrays if key in out}
-        self.results |= {key: out[key] for key in ("smallest_curvature", "capacitive_energy") if key in out}
+        arrays = ["forces", "charges", "shells", "dipole", "field", "born_charges", "polarizability", "capacitance"]
+        arrays.append("forces_uncertainty")
+        others = ("smallest_curvature", "capacitive_energy", "energy_uncertainty")
+        self.results: dict[str, Any] = {key: np.asarray(out[key]) for key in arrays if key in out}
+        self.results |= {key: out[key] for key in others if key in out}
+        if "committee" in out:
+            self.results["committee"] = {key: np.asarray(values) for key, values in out["committee"].items()}
         self.results |= {key: out[key] for key in ("energy", "energy_terms", "electrodes", "residual", "iterations")}
         self.results["free_energy"] = out["energy"]
         if volume:

@@ -36,6 +36,8 @@ _LONGEST_TIMESTEP = 5.0
 _LONGEST_TIMESTEP_WITH_HYDROGEN = 1.5
 # extras of a potentiostat, and of voltages that change with time
 _EXTRAS_OF_A_RUN = frozenset({"potentiostat_charge", "potentiostat_target", "step"})
+# what i-PI's <ffcommittee> adds to those of its drivers, which it gives out as committee_NAME
+_EXTRAS_OF_A_COMMITTEE = frozenset({"committee_pot", "committee_uncertainty", "committee_force", "committee_virial"})
 # a start structure with such a force (eV/Å) explodes in its first steps
 _LARGEST_FORCE = 50.0
 # from here on Born charges cost more to send than a step should
@@ -163,6 +165,8 @@ def _evaluates(settings: Settings, atoms: Atoms, name: str, plan: RunInput | Non
             yield Finding(False, f"{name}: {sentence}")
     if plan is not None and len(plan.sockets) + len(plan.direct) == 1:
         given = {*evaluator.extras_of(response, 1)[0], "raw"} | _EXTRAS_OF_A_RUN | fields
+        if plan.committee:
+            given = {f"committee_{key}" for key in given} | _EXTRAS_OF_A_COMMITTEE
         yield from _extras(sorted(plan.extras - given), settings, name)
 
 
@@ -203,10 +207,14 @@ def _displaced(systems: Systems, settings: Settings, response: Response, name: s
 
 def _extras(missing: list[str], settings: Settings, name: str) -> Iterator[Finding]:
     """What the input would print but the drivers will not send: i-PI stops at the first step."""
-    switches = {"BEC": "born_charges", "electrode_capacitance": "capacitance"}
+    switches = {"BEC": "born_charges: true", "electrode_capacitance": "capacitance: true"}
+    switches |= {"energy_uncertainty": "uncertainty: energy", "committee_pot": "uncertainty: energy"}
+    switches |= {"forces_uncertainty": "uncertainty: forces"}
+    switches |= dict.fromkeys(("committee_force", "committee_virial"), "uncertainty: members")
     for key in missing:
-        option = switches.get(key, key)
-        fix = f"set output.{option}: true" if hasattr(settings.output, option) else "remove that <trajectory>"
+        option = switches.get(key, f"{key}: true")
+        known = hasattr(settings.output, option.partition(":")[0])
+        fix = f"set output.{option}" if known else "remove that <trajectory>"
         yield Finding(False, f"{name}: the input prints extra_type='{key}', which these settings do not give; {fix}")
 
 

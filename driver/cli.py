@@ -111,6 +111,20 @@ def import_reaxnet(
     return 0
 
 
+@app.command("export")
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A shipped model's name or a model file.")],
+    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The file to write, such as water.pt.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="metatomic.")] = "metatomic",
+    assignments: SetOption = None,
+) -> int:
+    """Write a model as one file that LAMMPS, ASE and i-PI run through metatomic, at zero field."""
+    from voltpi.driver.export import export_model
+
+    print(export_model(model, to, output, assignments or ()))
+    return 0
+
+
 @app.command("check")
 def check(
     file: Annotated[Path, typer.Argument(metavar="INPUT.xml|S.yaml", help="An i-PI input or a settings file.")],
@@ -249,6 +263,19 @@ def train(
     return 0
 
 
+@app.command("fit-charges")
+def fit_charges(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings of a training, with charges.fit.")],
+    assignments: SetOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only what went wrong.")] = False,
+) -> int:
+    """Fit PQEq parameters to dipoles, polarizabilities and Born charges, without training a network."""
+    from voltpi.driver.fit_charges import fit_charges as fitted
+
+    fitted(config, assignments or (), quiet=quiet)
+    return 0
+
+
 @app.command("finetune")
 def finetune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A shipped model's name or a model file.")],
@@ -265,6 +292,22 @@ def finetune(
     from voltpi.driver.train import finetune as tuned
 
     tuned(model, data, frozen=freeze or (), out=out, overrides=assignments or (), quiet=quiet)
+    return 0
+
+
+@app.command("committee")
+def committee(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A shipped model's name or a model file.")],
+    data: Annotated[list[Path], typer.Argument(metavar="DATA...", help="Extended XYZ files or ASE databases.")],
+    members: Annotated[int, typer.Option("--members", help="How many last layers.")] = 8,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder (default: MODEL-committee).")] = None,
+    assignments: SetOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only what went wrong.")] = False,
+) -> int:
+    """Give a model a committee, which says how uncertain its energies and forces are."""
+    from voltpi.driver.train import add_committee
+
+    add_committee(model, data, members=members, out=out, overrides=assignments or (), quiet=quiet)
     return 0
 
 

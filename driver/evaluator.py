@@ -20,6 +20,7 @@ from voltpi.driver.settings import Settings
 from voltpi.driver.structures import prepare_frame, reference_positions, refuse_turned
 from voltpi.driver.unwrap import Unwrapper
 from voltpi.driver.warm_start import Solutions
+from voltpi.potential.committee import Members
 from voltpi.potential.errors import InputError, VoltPIError
 from voltpi.potential.external.electrodes import check_electrodes
 from voltpi.potential.model import Potential
@@ -50,7 +51,11 @@ class Result(NamedTuple):
         displacement ``field`` [3] (hartree/(e bohr)), the field that acts. With electrodes, in the order of
         the settings: ``electrode_charges`` [electrodes] (e), ``electrode_potentials`` [electrodes] (hartree/e),
         ``electrode_residual`` (hartree/e, the largest), ``capacitive_energy`` (hartree, ½ Σ ψ Q) and, as asked,
-        ``electrode_capacitance`` (e²/hartree, of two electrodes at fixed nuclei)
+        ``electrode_capacitance`` (e²/hartree, of two electrodes at fixed nuclei). With ``output.uncertainty``
+        ``energy_uncertainty`` (hartree, standard deviation) and ``committee_pot`` [k] (hartree), with that of forces
+        ``forces_uncertainty`` [n] (hartree/bohr, standard deviation of a component), and with that of members, as
+        i-PI's ffcommittee reads them, ``committee_force`` [k][3n] (hartree/bohr) and ``committee_virial`` [k][9]
+        (hartree, −∂E/∂strain)
     """
 
     energy: float
@@ -187,6 +192,7 @@ class Evaluator:
             polarizability=output.polarizability,
             smallest_curvature=output.smallest_curvature,
             capacitance=output.capacitance,
+            uncertainty=output.uncertainty,
         )
         self._remember(systems, response)
         return response
@@ -277,7 +283,25 @@ class Evaluator:
             columns["electrode_capacitance"] = 0.25 * (c[:, 0, 0] - 2 * c[:, 0, 1] + c[:, 1, 1]) * HARTREE
         if response.smallest_curvature is not None:
             columns["smallest_curvature"] = _numpy(response.smallest_curvature) * BOHR**2 / HARTREE
+        if response.members is not None:
+            columns |= _member_columns(response.members, b, everything=self.settings.output.uncertainty == "members")
         return [{key: value[i].tolist() for key, value in columns.items()} for i in range(b)]
+
+
+def _member_columns(members: Members, b: int, *, everything: bool) -> dict[str, Array]:
+    """Extras of a committee; the members' forces and virials where ``everything`` is asked for."""
+    columns = {
+        "energy_uncertainty": _numpy(members.energy_uncertainty) / HARTREE,
+        "committee_pot": _numpy(members.energies).T / HARTREE,
+    }
+    if members.forces_uncertainty is not None:
+        columns["forces_uncertainty"] = _numpy(members.forces_uncertainty).reshape(b, -1) / (HARTREE / BOHR)
+    if everything and members.forces is not None and members.virials is not None:
+        k = len(members.energies)
+        forces = _numpy(members.forces).reshape(k, b, -1).swapaxes(0, 1)
+        columns["committee_force"] = forces / (HARTREE / BOHR)
+        columns["committee_virial"] = _numpy(members.virials).reshape(k, b, 9).swapaxes(0, 1) / HARTREE
+    return columns
 
 
 def _electrode_columns(response: Response) -> dict[str, Array]:

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from ase import Atoms
 
 from voltpi.driver.evaluator import Evaluator, build_potential
 from voltpi.driver.settings import Settings
 from voltpi.driver.structures import array_of, frame_field
+from voltpi.potential.committee import Members
 from voltpi.potential.errors import VoltPIError
 from voltpi.potential.response import Response
 
@@ -60,7 +62,9 @@ def alike(first: Atoms, other: Atoms, settings: Settings) -> bool:
 def record(response: Response, volume: float, seconds: float) -> dict[str, Any]:
     """One structure's answer as numbers and lists.
 
-    ``field`` (V/Å) is there in a field or at a displacement. ``stress`` has ASE's sign (−virial/volume; 0 without a
+    ``field`` (V/Å) is there in a field or at a displacement. Of a committee, as asked: ``energy_uncertainty`` (eV),
+    ``forces_uncertainty`` [n] (eV/Å, standard deviation of a component) and ``committee``, the members' ``energies``
+    [k], ``forces`` [k, n, 3] and ``stresses`` [k, 3, 3]. ``stress`` has ASE's sign (−virial/volume; 0 without a
     volume) and symmetry: the mean of the two sides.
     """
     virial = response.virial[0].detach().cpu().numpy()
@@ -93,7 +97,22 @@ def record(response: Response, volume: float, seconds: float) -> dict[str, Any]:
         out["capacitance"] = response.capacitance[0].tolist()
     if response.smallest_curvature is not None:
         out["smallest_curvature"] = float(response.smallest_curvature[0])
+    if response.members is not None:
+        out |= _of_members(response.members, volume)
     _refuse_not_finite(out)
+    return out
+
+
+def _of_members(members: Members, volume: float) -> dict[str, Any]:
+    out: dict[str, Any] = {"energy_uncertainty": float(members.energy_uncertainty[0])}
+    if members.forces_uncertainty is not None:
+        out["forces_uncertainty"] = members.forces_uncertainty.tolist()
+    out["committee"] = {"energies": members.energies[:, 0].tolist()}
+    if members.forces is not None and members.virials is not None:
+        virials = members.virials[:, 0]
+        virials = 0.5 * (virials + virials.transpose(1, 2))
+        stresses = -virials / volume if volume else torch.zeros_like(virials)
+        out["committee"] |= {"forces": members.forces.tolist(), "stresses": stresses.tolist()}
     return out
 
 

@@ -181,6 +181,7 @@ class RunInput:
     time: float | None = None  # fs, where a checkpoint says it
     masses: tuple[tuple[int, tuple[float, ...]], ...] = ()  # amu, given by hand: (index, one mass) or (-1, all masses)
     extras: frozenset[str] = frozenset()  # what <trajectory extra_type=…> asks of the drivers
+    committee: bool = False  # whether there is an <ffcommittee>, which gives out extras under names of its own
     problems: tuple[str, ...] = ()  # at which i-PI would stop before its first step, each with the fix
 
     @property
@@ -311,6 +312,7 @@ def read_input(xml: str | Path) -> RunInput:
             for element in root.iter("trajectory")
             if (element.text or "").strip().startswith("extras") and element.get("extra_type", "").strip()
         ),
+        committee=root.find("ffcommittee") is not None,
         problems=tuple(dict.fromkeys(f"{path.name}: {sentence}" for sentence in _problems(root, n_beads))),
     )
 

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -198,6 +199,7 @@ class Potentiostat:
         virial = result.virial.copy()
         virial[0, 0] += own * scale * ghost  # i-PI scales x with the cell as if it were a length
         extras = {key: _one_more(key, value, self.evaluator.n_atoms) for key, value in result.extras.items()}
+        _add_to_members(extras, result, energy=-target * n, force=ghost, virial=own * scale * ghost)
         extras |= {"potentiostat_charge": float(own), "potentiostat_target": float(target)}
         return Result(
             energy=result.energy - target * n,
@@ -214,11 +216,20 @@ def _mean(values: Array, beads: int) -> Array:
 
 def _one_more(key: str, value: object, n_atoms: int) -> object:
     """Extras that have one entry (``BEC``: three) an atom, with zeros for the ghost."""
-    rows = {"charges": 1, "shells": 1, "BEC": 3}.get(key, 0)
+    rows = {"charges": 1, "shells": 1, "BEC": 3, "forces_uncertainty": 1}.get(key, 0)
     if not rows:
         return value
     array = np.asarray(value)
     return np.concatenate([array, np.zeros((rows, *array.shape[1:]))]).tolist()
+
+
+def _add_to_members(extras: dict[str, Any], result: Result, *, energy: float, force: float, virial: float) -> None:
+    """What the ghost adds to the answer of every member of a committee: they share the charges."""
+    for key, change in (("committee_pot", energy), ("committee_virial", np.eye(1, 9)[0] * virial)):
+        if key in result.extras:
+            extras[key] = (np.asarray(result.extras[key]) + change).tolist()
+    if "committee_force" in result.extras:
+        extras["committee_force"] = [[*own, force, 0.0, 0.0] for own in result.extras["committee_force"]]
 
 
 def period(capacitance: float, mass: float, scale: float) -> float:

@@ -108,7 +108,7 @@ def encode_extras(extras: dict[str, Any]) -> bytes:
 
 def _json(value: Any) -> str:
     """JSON of one value. Raises TypeError, ValueError for what JSON cannot hold."""
-    if isinstance(value, list) and len(value) >= _LONG:
+    if isinstance(value, list) and max(len(value), *(len(v) for v in value[:1] if isinstance(v, list)), 0) >= _LONG:
         array = np.array(value)  # ValueError for rows of different lengths
         if array.dtype == np.float64 and array.ndim <= 2:
             if not np.isfinite(array).all():

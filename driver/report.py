@@ -29,11 +29,16 @@ def print_frame(record: dict[str, Any], atoms: Atoms, title: str) -> None:
     console = Console()
     console.print(title, soft_wrap=True, highlight=False, markup=False)
     totals = Table(show_header=False)
-    totals.add_row("energy", f"{record['energy']:.6f} eV")
+    of_energy = f" ± {record['energy_uncertainty']:.3g}" if "energy_uncertainty" in record else ""
+    totals.add_row("energy", f"{record['energy']:.6f}{of_energy} eV")
     for name, value in record["energy_terms"].items():
         totals.add_row(f"  {name}", f"{value:.6f} eV")
     forces = np.linalg.norm(record["forces"], axis=1)
     totals.add_row("largest force", f"{forces.max():.4f} eV/Å (atom {int(forces.argmax())})")
+    if "forces_uncertainty" in record:
+        doubt = np.asarray(record["forces_uncertainty"])
+        where = f"at most {doubt.max():.3g} (atom {int(doubt.argmax())})"
+        totals.add_row("uncertainty of forces", f"{np.sqrt(np.mean(doubt**2)):.3g} eV/Å a component, {where}")
     if np.any(record["stress"]):  # exactly zero without a volume
         totals.add_row("pressure", f"{-np.trace(record['stress']) / 3 * 160.21766208:.4f} GPa")
     totals.add_row("dipole", f"{_vector(record['dipole'])} e·Å")

@@ -39,6 +39,8 @@ def describe_run(given: Given) -> Setup:
         plain = settings_at(settings)
     else:
         plain, atoms = settings_of(settings, atoms), without_ghost(atoms, settings)
+    if plain.charges.model == "linear-qeq":
+        raise settings.refusal("charges.model", "profiles need the charges' Coulomb sum; linear-qeq has none")
     # nothing is evaluated here: what that would need is left out
     unused = {} if settings.has_model else {"short_range": None, "dispersion": None}
     bare = plain.model_copy(update=unused | {"device": "cpu"})

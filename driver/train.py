@@ -14,7 +14,7 @@ import torch
 from ase.data import atomic_numbers
 from rich.console import Console
 
-from voltpi.driver.build import build_potential, choose_device
+from voltpi.driver.build import build_potential, choose_device, read_charge_parameters
 from voltpi.driver.committee import describe_report, make_committee
 from voltpi.driver.settings import Charges
 from voltpi.driver.settings_file import Origins
@@ -33,6 +33,7 @@ from voltpi.potential.training.charge_report import report_charges
 from voltpi.potential.training.dataset import Sample
 from voltpi.potential.training.evaluation import errors_by_group, evaluate_samples
 from voltpi.potential.training.freezing import freeze
+from voltpi.potential.training.latent import set_sign
 from voltpi.potential.training.references import reference_energies, subtract_references, summarize
 from voltpi.potential.training.storage import read_weights
 from voltpi.potential.training.trainer import Trainer
@@ -171,6 +172,11 @@ def _networks(settings: TrainingSettings, network: NequIP) -> list[NequIP]:
     """What is trained: the network; for a committee of seeds as many as members, drawn anew or copies of the start."""
     networks = [network]
     if settings.training.committee_kind == "seeds":
+        if network.latent_readout is not None:
+            key = "training.committee_kind"
+            raise settings.refusal(
+                key, f"{key}: seeds would give each member latent charges of its own; use last-layers"
+            )
         for member in range(1, settings.training.committee or 1):
             torch.manual_seed(settings.training.seed + member)
             networks.append(NequIP(**network.config) if settings.start is None else copy.deepcopy(network))
@@ -270,6 +276,8 @@ def _latent(settings: TrainingSettings, start: Potential | None) -> LatentCharge
         conserve=c.conserve,
         sigma=c.sigma,
         epsilon_infinity=c.epsilon_infinity,
+        relaxation=c.relaxation,
+        parameters=read_charge_parameters(c.parameters),
         accuracy=settings.coulomb.accuracy,
         coulomb_constant=COULOMB_CONSTANT if isinstance(constant, str) else constant,
     )
@@ -352,6 +360,8 @@ def _finish(
     with_charges = Potential(charges=charges) if charges is not None else None
     if task.latent is not None:
         charges = task.latent
+        if set_sign(task.network, task.train):
+            say("latent charges turned: electronegative elements are negative (without fields, energies do not know)")
         with_charges = Potential(_copy(task.network), charges, precision="double")
     responses = {} if with_charges is None else report_charges(with_charges, task.validation)
     name = next(iter(task.references))

@@ -27,6 +27,7 @@ from pydantic_core import PydanticCustomError
 
 from voltpi.driver.settings import Charges, Coulomb, Dispersion, Settings, finite_number
 from voltpi.driver.settings_file import Origins, assign, explain, key_path, origin_of, parse_value, read_yaml
+from voltpi.potential.committee import FEWEST
 from voltpi.potential.errors import InputError
 from voltpi.potential.training.config import TrainConfig
 from voltpi.potential.training.labels import KINDS, Source, Units
@@ -166,7 +167,11 @@ class Weights(_Strict):
 
 
 class Training(_Strict):
-    """How long, how fast, on what; see ``voltpi.potential.training.config.TrainConfig``."""
+    """How long, how fast, on what; see ``voltpi.potential.training.config.TrainConfig``.
+
+    ``committee`` : members of a committee, or None; ``last-layers`` are fitted after the training, ``seeds`` are as
+    many trainings, with the seeds ``seed``, ``seed`` + 1, … (``voltpi.potential.committee``).
+    """
 
     epochs: Count | None = 200
     hours: Positive | None = None
@@ -187,6 +192,8 @@ class Training(_Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "float64", "tf32"] = "float32"
     threads: Count | None = None
+    committee: Annotated[int, Field(ge=FEWEST)] | None = None
+    committee_kind: Literal["last-layers", "seeds"] = "last-layers"
 
     @model_validator(mode="after")
     def _ends(self) -> Training:
@@ -194,11 +201,13 @@ class Training(_Strict):
             raise PydanticCustomError("contradiction", "epochs and hours are both null; give at least one")
         if self.batch_atoms is not None and "batch_size" in self.model_fields_set:
             raise PydanticCustomError("contradiction", "batch_size and batch_atoms exclude each other; keep one")
+        if self.committee is None and "committee_kind" in self.model_fields_set:
+            raise PydanticCustomError("contradiction", "committee_kind is for a committee; give committee: 8, say")
         return self
 
     def build(self, loss: Loss, device: str) -> TrainConfig:
         """The trainer's configuration."""
-        own = self.model_dump(exclude={"hours", "precision", "device"})
+        own = self.model_dump(exclude={"hours", "precision", "device", "committee", "committee_kind"})
         return TrainConfig(
             **own,
             loss=loss,
@@ -207,6 +216,43 @@ class Training(_Strict):
             tf32=self.precision == "tf32",
             device=device,
         )
+
+
+class Targets(_Strict):
+    """Weights of the relative squared errors that charges are fitted by; kinds without a label do not count."""
+
+    dipole: Annotated[Number, Field(ge=0)] = 1.0
+    polarizability: Annotated[Number, Field(ge=0)] = 1.0
+    born_charges: Annotated[Number, Field(ge=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _some(self) -> Targets:
+        if not self.dipole + self.polarizability + self.born_charges > 0:
+            raise PydanticCustomError("contradiction", "all weights are 0; give at least one that is not")
+        return self
+
+
+class ChargeFitting(_Strict):
+    """Element parameters that are fitted before the network is trained (``voltpi.potential.training.charge_fit``).
+
+    train : which; prior : weight of what holds them to ``charges.parameters``; steps : of BFGS, at most
+    """
+
+    train: Annotated[tuple[Literal["chi", "eta", "R", "K"], ...], Field(min_length=1)] = ("chi", "eta", "R", "K")
+    targets: Targets = Targets()
+    prior: Annotated[Number, Field(ge=0)] = 1e-4
+    steps: Count = 200
+
+
+class TrainedCharges(Charges):
+    """Charges as in the settings of a run, and how their parameters are fitted, or None."""
+
+    fit: ChargeFitting | None = None
+
+    @field_validator("fit", mode="before")
+    @classmethod
+    def _read_fit(cls, value: Any) -> Any:
+        return None if value == "none" else value
 
 
 def _references(value: Any) -> Any:
@@ -236,7 +282,7 @@ class TrainingSettings(_Strict):
     start: str | None = None
     freeze: tuple[str, ...] = ()
     network: Network = Network()
-    charges: Charges = Charges()
+    charges: TrainedCharges = TrainedCharges()
     coulomb: Coulomb = Coulomb()
     dispersion: Dispersion | None = None
     reference_energies: Annotated[Literal["fit", "keep"] | dict[str, float], PlainValidator(_references)] = "fit"
@@ -269,8 +315,8 @@ class TrainingSettings(_Strict):
             out.append(("freeze", "freeze is for fine-tuning; name a model in start, or remove freeze"))
         elif self.reference_energies == "keep":
             out.append(("reference_energies", "reference_energies: keep is for fine-tuning; name a model in start"))
-        if self.charges.model not in ("pqeq", "qeq", "none"):
-            known = "pqeq, qeq or none"
+        if self.charges.model not in ("pqeq", "qeq", "latent", "none"):
+            known = "pqeq, qeq, latent or none"
             out.append(("charges.model", f"charges.model: {self.charges.model} cannot be trained with; use {known}"))
         if self.coulomb.method == "taper":
             out.append(("coulomb.method", "coulomb.method: taper cannot be trained with; use auto"))

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from voltpi.potential.committee import Members
+
 __all__ = ["Response"]
 
 
@@ -35,6 +37,7 @@ class Response:
     capacitance : [b, e, e] or None, e/V, ∂Q_a/∂ψ_b of the electrodes at fixed nuclei
     smallest_curvature : [b] or None, eV/Å², of the shells with the charges relaxed, at constant field or D as the
         run has it; near 0: close to a polarization catastrophe
+    members : what the members of a committee say, and their spread; or None
     """
 
     energy: Tensor
@@ -52,3 +55,4 @@ class Response:
     polarizability: Tensor | None = None
     smallest_curvature: Tensor | None = None
     capacitance: Tensor | None = None
+    members: Members | None = None

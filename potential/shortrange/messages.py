@@ -32,24 +32,24 @@ class Blocks(NamedTuple):
     receiver: Tensor  # [blocks]
 
 
-def make_blocks(edge_index: Tensor, vectors: Tensor, n_atoms: int, cutoff: float) -> Blocks:
-    """Edges within the cutoff, padded so that each block of slots belongs to one receiver.
+def make_blocks(edge_index: Tensor, vectors: Tensor, n_atoms: int, cutoff: float, block: int = BLOCK) -> Blocks:
+    """Edges within the cutoff, padded so that each ``block`` of slots belongs to one receiver.
 
-    ``edge_index`` [2, e] (receiver, sender), ``vectors`` [e, 3].
+    ``edge_index`` [2, e] (receiver, sender), ``vectors`` [e, 3]. TorchScript reads this function too.
     """
     near = (vectors.detach().square().sum(1) < cutoff * cutoff).nonzero().squeeze(1)
     if len(near) < len(vectors):
         edge_index, vectors = edge_index[:, near], vectors[near]
     receiver, order = torch.sort(edge_index[0], stable=True)
     count = torch.bincount(receiver, minlength=n_atoms)
-    n_blocks = (count + BLOCK - 1) // BLOCK
+    n_blocks = (count + block - 1) // block
     first_edge, first_block = count.cumsum(0) - count, n_blocks.cumsum(0) - n_blocks
     rank = torch.arange(len(receiver), device=receiver.device) - first_edge[receiver]
     slot = torch.empty_like(order)
-    slot[order] = first_block[receiver] * BLOCK + rank
+    slot[order] = first_block[receiver] * block + rank
     block_receiver = torch.repeat_interleave(n_blocks)
-    n_slots = len(block_receiver) * BLOCK
-    beyond = vectors.new_tensor([2.0 * cutoff, 0.0, 0.0]).repeat(n_slots, 1)
+    n_slots = len(block_receiver) * block
+    beyond = torch.tensor([2.0 * cutoff, 0.0, 0.0], dtype=vectors.dtype, device=vectors.device).repeat(n_slots, 1)
     return Blocks(
         vectors=beyond.index_copy(0, slot, vectors),
         sender=torch.zeros(n_slots, dtype=slot.dtype, device=slot.device).index_copy(0, slot, edge_index[1]),

@@ -13,21 +13,25 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from ase.data import atomic_numbers
 from rich.progress import track
 from torch import Tensor
 
 from voltpi.potential.electrostatics.ewald import CoulombOperator
 from voltpi.potential.electrostatics.latent import LatentCharges
+from voltpi.potential.electrostatics.pqeq import read_parameters
 from voltpi.potential.errors import VoltPIError
 from voltpi.potential.fragments import assign_fragments, whole_positions
+from voltpi.potential.shortrange.nequip import NequIP
 from voltpi.potential.systems import Systems
 
 if TYPE_CHECKING:
     from voltpi.potential.training.dataset import Sample
 
-__all__ = ["Interaction", "interaction", "long_range_of", "with_interactions"]
+__all__ = ["Interaction", "interaction", "long_range_of", "set_sign", "with_interactions"]
 
 _STRAIN = 1e-4
+_MOST = 200  # samples of which the sign of the charges is judged
 
 
 class Interaction(NamedTuple):
@@ -161,3 +165,26 @@ def _relaxed(bare: Tensor, part: Interaction) -> Tensor:
     matrix[n + part.group, atoms] = matrix[atoms, n + part.group] = 1.0
     right = torch.cat([part.hardness * bare + (part.lever * part.field).sum(1), part.totals])
     return torch.linalg.solve(matrix, right)[:n]
+
+
+def set_sign(network: NequIP, samples: Sequence[Sample]) -> bool:
+    """Gives the network's latent charges the sign that makes electronegative elements negative; whether it turned them.
+
+    Without fields the energy does not know it: −q has the energy of q. The charges of ``samples`` are compared with
+    PQEq's electronegativities; samples in a field have taught the sign, and then it stays.
+    """
+    if network.latent_readout is None or any(bool((s.systems.field != 0).any()) for s in samples):
+        return False
+    chi = {atomic_numbers[symbol]: row.chi for symbol, row in read_parameters("default").items()}
+    first = next(network.parameters())
+    slope = 0.0
+    with torch.no_grad():
+        for sample in samples[:_MOST]:
+            numbers = sample.systems.numbers.to(first.device)
+            vectors = sample.vectors.to(first)
+            charges = network.with_charges(numbers, sample.edge_index.to(first.device), vectors)[1].double().cpu()
+            drawn = torch.tensor([chi[int(z)] for z in sample.systems.numbers], dtype=torch.float64)
+            slope += float((charges * (drawn - drawn.mean())).sum())
+        if slope > 0:
+            network.latent_readout[-1].neg_()
+    return slope > 0

@@ -22,7 +22,7 @@ from voltpi.potential.shortrange.nequip import NequIP
 from voltpi.potential.shortrange.pair import ZBL, PairPotential
 from voltpi.potential.systems import Systems
 from voltpi.potential.training.dataset import Sample
-from voltpi.potential.training.latent import interaction
+from voltpi.potential.training.latent import interaction, set_sign
 from voltpi.potential.training.loss import collate, pack, predict
 
 from structures import water_box, water_dimer
@@ -422,6 +422,25 @@ def test_the_loss_has_an_exact_gradient(network, mode):
         found = float((weight.grad * along).sum())
         assert found == pytest.approx(slope(at, 1e-4), rel=1e-7)
         at(0.0)
+
+
+@pytest.mark.parametrize("first", [1, -1])
+def test_electronegative_elements_are_made_negative(network, first):
+    """The energy knows no sign; labels in a field do, and then it stays."""
+    potential, systems = prepared(network, "open", epsilon_infinity=1.0)
+    free = systems.replace(field=torch.zeros_like(systems.field))
+    turned = NequIP(**network.config).double()
+    turned.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        turned.latent_readout[1] *= first
+    taught = sample(potential, systems)  # in a field
+    assert not set_sign(turned, [taught])
+    changed = set_sign(turned, [sample(potential, free)])
+    answer = Potential(turned, potential.charges, precision="double")(free)
+    assert answer.charges[free.numbers == 8].sum() < 0
+    assert answer.energy.item() == pytest.approx(potential(free).energy.item(), abs=1e-12)
+    sign = torch.sign(potential(free).charges[free.numbers == 8].sum()).item()
+    assert changed == (first * sign > 0)
 
 
 def test_latent_charges_count_among_electrodes_like_given_ones(network):
