@@ -2,9 +2,10 @@
 
     python born_charges.py DATA MODEL... [--key bec] [--transposed]
 
-DATA is extended XYZ with 9 Born charges an atom (e): ∂M_a/∂r_b, a the row, or with ``--transposed`` the column (those of
-SPICE as distributed with LES are: Σ_i Z*_i (ω × r_i) = ω × M holds to 0.1 % that way). MODEL is a model file, or
-``pqeq`` for PQEq with published parameters and no network. Frames with elements that a model does not know are left out.
+DATA is extended XYZ with 9 Born charges an atom (e): ∂M_a/∂r_b, a the row, or with ``--transposed`` the column (those
+of SPICE as distributed with LES are: Σ_i Z*_i (ω × r_i) = ω × M holds to 0.1 % that way). MODEL is a model file, or
+``pqeq`` for PQEq with published parameters and no network. Frames with elements that a model does not know are left
+out.
 """
 
 from __future__ import annotations
@@ -36,9 +37,8 @@ def main() -> None:
     parser.add_argument("--transposed", action="store_true", help="labels are [displacement, dipole]")
     options = parser.parse_args()
     frames = read(options.data, ":")
-    print(
-        f"{'model':24} {'frames':>6} {'atoms':>6} | all: R²  corr²  RMSE (e) | diagonal: R²  corr²  RMSE | antisymmetric corr."
-    )
+    head = "all: R²  corr²  RMSE (e) | diagonal: R²  corr²  RMSE"
+    print(f"{'model':24} {'frames':>6} {'atoms':>6} | {head}")
     for name in options.models:
         if name == "pqeq":
             potential = Potential(charges=PQEq(response="all"))

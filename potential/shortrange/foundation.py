@@ -2,11 +2,12 @@
 
     sevennet-0 | sevennet-l3i5 | sevennet:PATH   SevenNet: Park et al., J. Chem. Theory Comput. 20, 4857 (2024)
     chgnet | chgnet-r2scan                       CHGNet: Deng et al., Nat. Mach. Intell. 5, 1031 (2023)
+    qet:PATH | qet-matgl2:PATH                   QET: Ko et al., arXiv:2511.07249 (2025), as matgl 4 or 2 evaluates it
     ase:MODULE:FUNCTION                          any ASE calculator: FUNCTION() of MODULE returns it
 
 A model of the first kind (:class:`EdgeModel`) is given the neighbours that the rest of VoltPI uses and answers with
 energies of atoms, for a whole batch at once; forces and virial are the derivative by the vectors of its pairs. One of
-the second kind (:class:`WholeModel`) answers energy, forces and virial structure by structure.
+the second kind (:class:`WholeModel`) answers energy, forces and virial itself.
 
 These models hold the electrostatics of zero field in themselves. Charges beside them are therefore *response only*
 (``voltpi.potential.model.Potential``).
@@ -56,7 +57,7 @@ class EdgeModel(nn.Module):
 
 
 class WholeModel:
-    """A model that answers for one structure at a time."""
+    """A model that answers with energy, forces and virial."""
 
     name: str
     dtype: torch.dtype = torch.float64
@@ -104,13 +105,16 @@ def load_foundation(name: str, *, precision: str = "mixed") -> EdgeModel | Whole
     """
     kind, _, rest = name.partition(":")
     dtype = torch.float64 if precision == "double" else torch.float32
-    if kind in ("mace", "qet"):
+    if kind == "mace":
         raise InputError(
             f"short_range.foundation: {kind} is not available in this version; use ase:module:function with its ASE "
             "calculator"
         )
     if kind not in _LOADERS or (kind in _NEED_MORE) != bool(rest):
-        forms = "sevennet-0 | sevennet-l3i5 | sevennet:PATH | chgnet | chgnet-r2scan | ase:module:function"
+        forms = (
+            "sevennet-0 | sevennet-l3i5 | sevennet:PATH | chgnet | chgnet-r2scan | qet:PATH | qet-matgl2:PATH | "
+            "ase:module:function"
+        )
         raise InputError(f"short_range.foundation is '{name}': choose {forms}")
     return _LOADERS[kind](name, rest, dtype)
 
@@ -127,6 +131,12 @@ def _chgnet(name: str, rest: str, dtype: torch.dtype) -> EdgeModel:
     return CHGNet.load(name, dtype)
 
 
+def _qet(name: str, rest: str, dtype: torch.dtype) -> WholeModel:
+    from voltpi.potential.shortrange.qet import QET
+
+    return QET.load(name, rest, dtype)
+
+
 def _ase(name: str, rest: str, dtype: torch.dtype) -> WholeModel:
     from voltpi.potential.shortrange.ase_calculator import ASEModel
 
@@ -139,8 +149,10 @@ _LOADERS: dict[str, Callable[[str, str, torch.dtype], EdgeModel | WholeModel]] =
     "sevennet": _sevennet,
     "chgnet": _chgnet,
     "chgnet-r2scan": _chgnet,
+    "qet": _qet,
+    "qet-matgl2": _qet,
     "ase": _ase,
 }
 # by the first word of the name: the package and the extra of VoltPI that installs it
-_PACKAGES = {"sevennet": ("sevenn", "sevennet"), "chgnet": ("chgnet", "chgnet")}
-_NEED_MORE = ("sevennet", "ase")
+_PACKAGES = {"sevennet": ("sevenn", "sevennet"), "chgnet": ("chgnet", "chgnet"), "qet": ("matgl", "qet")}
+_NEED_MORE = ("sevennet", "qet", "qet-matgl2", "ase")

@@ -315,10 +315,8 @@ def test_positions_that_are_not_finite_stop_the_run(bad: float) -> None:
         evaluator().evaluate(h, wire(water())[1])
 
 
-UNAVAILABLE = {
-    "charges.model": ["linear-qeq"],
-    "short_range": [{"foundation": "mace:model.pt"}, {"foundation": "qet:folder"}],
-}
+UNAVAILABLE = {"short_range": [{"foundation": "mace:model.pt"}]}
+LINEAR = {"charges.model": "linear-qeq", "short_range": {"foundation": "qet:folder"}}
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in UNAVAILABLE.items() for value in values])
@@ -333,6 +331,11 @@ def test_what_is_not_there_yet_is_refused_and_not_ignored(key: str, value: Any) 
     [
         ({"charges.model": "none"}, "there is nothing to compute"),
         ({"device": "cuda:99"}, "device is cuda:99 but"),
+        ({"charges.model": "linear-qeq"}, "linear-qeq are the charges inside a QET"),
+        ({**LINEAR, "charges.limiter": "none"}, "charges.limiter has no meaning with charges.model: linear-qeq"),
+        ({**LINEAR, "coulomb.accuracy": 1e-5}, "coulomb.accuracy has no meaning with charges.model: linear-qeq"),
+        ({**LINEAR, "charges.conserve": "fragments"}, "charges.conserve: fragments is not available with"),
+        ({**LINEAR, "output.born_charges": True}, "output.born_charges is not defined with"),
         ({"field": FIELD, "charges.response": "all"}, "field along a periodic direction"),
         ({"coulomb.method": "direct"}, "direct is for open boundaries"),
         ({"charges.carried": "q"}, "charges.carried is 'q' but"),

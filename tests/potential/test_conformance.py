@@ -6,7 +6,9 @@ the shipped model runs too.
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,8 +23,10 @@ from voltpi.potential.errors import InputError
 from voltpi.potential.model import Potential
 from voltpi.potential.shortrange.foundation import load_foundation
 from voltpi.potential.shortrange.nequip import NequIP
+from voltpi.potential.shortrange.qet import LinearQEq
 from voltpi.potential.systems import Systems
 
+from random_qet import save_random_qet
 from structures import water_box, water_dimer
 
 FIELD = np.array([0.05, -0.1, 0.07])
@@ -34,7 +38,13 @@ CN_CUTOFF = 10.294
 def foundation(name, package):
     pytest.importorskip(package, reason=f"needs the extra for {name}")
     charges = PQEq(conserve="fragments", response="all", **TIGHT)
-    return Potential(load_foundation(name, precision="double"), charges, response_only=True, precision="double")
+    model = qet() if name is None else load_foundation(name, precision="double")
+    return Potential(model, charges, response_only=True, precision="double")
+
+
+def qet():
+    with tempfile.TemporaryDirectory() as folder:
+        return load_foundation(f"qet:{save_random_qet(Path(folder))}", precision="double")
 
 
 def network(**options):
@@ -64,9 +74,11 @@ BUILDERS = {
     ),
     "sevennet-0": lambda: foundation("sevennet-0", "sevenn"),
     "chgnet": lambda: foundation("chgnet", "chgnet"),
+    "qet": lambda: foundation(None, "matgl"),
+    "linear-qeq": lambda: Potential(charges=LinearQEq(qet())),
 }
 POLARIZABLE = [name for name in BUILDERS if name not in ("network", "D3", "latent")]
-WITH_CHARGES = [name for name in BUILDERS if name not in ("network", "D3")]
+WITH_CHARGES = [name for name in BUILDERS if name not in ("network", "D3", "linear-qeq")]
 SETTINGS = [(name, False) for name in BUILDERS] + [(name, True) for name in WITH_CHARGES]
 
 

@@ -179,6 +179,8 @@ def test_an_ase_calculator_in_a_slab():
     [
         ("sevennet", "choose sevennet-0"),
         ("chgnet:file", "choose sevennet-0"),
+        ("qet", "choose sevennet-0"),
+        ("qet-matgl2:", "choose sevennet-0"),
         ("somebody", "choose sevennet-0"),
         ("mace:model.pt", "mace is not available in this version"),
         ("ase:module", "write ase:module:function"),
@@ -198,12 +200,12 @@ def test_what_is_no_calculator():
         load_foundation("ase:collections:OrderedDict")
 
 
-@pytest.mark.parametrize(("name", "package"), [("sevennet-0", "sevenn"), ("chgnet", "chgnet")])
+@pytest.mark.parametrize(("name", "package"), [("sevennet-0", "sevenn"), ("chgnet", "chgnet"), ("qet:x", "matgl")])
 def test_missing_package_names_the_extra(name, package, monkeypatch):
     for module in [m for m in sys.modules if m.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match=r"pip install 'voltpi\[(sevennet|chgnet)\]'"):
+    with pytest.raises(InputError, match=r"pip install 'voltpi\[(sevennet|chgnet|qet)\]'"):
         load_foundation(name)
 
 
