@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from ase.data import chemical_symbols
 
+from voltpi.driver.fit_charges import fitted
 from voltpi.driver.training_settings import TrainingSettings
 from voltpi.potential.electrostatics.latent import LatentCharges
 from voltpi.potential.errors import InputError
@@ -23,7 +24,7 @@ from voltpi.potential.training.splitting import check_disjoint, check_repeats, s
 from voltpi.potential.training.unit_check import UnitReport, check_units
 from voltpi.potential.training.workers import Workers
 
-__all__ = ["TrainingData", "read_training_data"]
+__all__ = ["TrainingData", "read_samples", "read_training_data"]
 
 Say = Callable[[str], None]
 
@@ -49,8 +50,30 @@ def read_training_data(
 ) -> TrainingData:
     """Reads, checks and splits all frames, then computes the long-range part of each once and subtracts it.
 
+    With ``charges.fit`` the parameters of ``long_range``'s charges are first fitted, in place.
+
     ``known`` : atomic numbers that the model to fine-tune knows, or none. The long-range part is kept in the output
-    folder. Where the network has ``latent`` charges, samples come with what these do to each other. Raises InputError that names file, frame and label for whatever cannot be trained on.
+    folder. Where the network has ``latent`` charges, samples come with what these do to each other. Raises InputError
+    that names file, frame and label for whatever cannot be trained on.
+    """
+    charged = latent is not None or (long_range is not None and long_range.charges is not None)
+    train, validation, files = read_samples(settings, known, cutoff, charged=charged, say=say)
+    if settings.charges.fit is not None and long_range is not None:
+        with Workers().first_goes_ahead():
+            fitted(settings, long_range, train, validation, say)
+    if long_range is not None:
+        train, validation = _without_long_range(settings, long_range, train, validation, progress)
+    if latent is not None:
+        train, validation = (with_interactions(side, latent, progress=progress) for side in (train, validation))
+    return TrainingData(train, validation, files)
+
+
+def read_samples(
+    settings: TrainingSettings, known: Sequence[int], cutoff: float, *, charged: bool, say: Say
+) -> tuple[list[Sample], list[Sample], list[dict[str, Any]]]:
+    """All frames for training and for validation, with their labels as they are, and what the card says of the files.
+
+    ``charged`` : whether the potential has charges. Raises InputError as :func:`read_training_data`.
     """
     data = settings.data
     train_files = data.sources(data.train)
@@ -63,7 +86,7 @@ def read_training_data(
             source, frames = read_source(source)
             samples = make_samples(source, frames, cutoff)
             _check_elements(samples, known, settings)
-            _check_charges(settings, samples, latent is not None or (long_range is not None and long_range.charges))
+            _check_charges(settings, samples, charged)
             report = check_units(samples) if data.check_units else None
             sides[side] += samples
             files.append(_describe(source, samples, report, ("training", "validation")[side]))
@@ -78,11 +101,7 @@ def read_training_data(
         f"{len(train)} frames to train on, {len(validation)} to validate"
         + (f"; {repeats} of the first repeat others" if repeats else "")
     )
-    if long_range is not None:
-        train, validation = _without_long_range(settings, long_range, train, validation, progress)
-    if latent is not None:
-        train, validation = (with_interactions(side, latent, progress=progress) for side in (train, validation))
-    return TrainingData(train, validation, files)
+    return train, validation, files
 
 
 def _without_long_range(

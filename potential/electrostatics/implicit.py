@@ -18,7 +18,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.func import jvp
 
 from voltpi.potential.electrostatics.explicit import ExplicitFunctional, Rows
 from voltpi.potential.electrostatics.functional import Functional, Point
@@ -55,65 +54,65 @@ class DifferentiablePQEq:
         rows: Rows,
         start: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        self.model = dataclasses.replace(model, parameters=table)
-        self.systems, self.rows = systems, rows
-        self.model.check_field(systems)
-        self.functional = Functional(self.model, systems)
-        self.explicit = ExplicitFunctional(self.functional)
-        solution = minimize(
-            self.functional, self.functional.start(start), tolerance=self.model.tolerance, check=start is None
-        )
-        found = solution.y
-        if not bool(solution.converged.all()):
-            answer = self.model.solve(systems)
-            found = torch.cat([answer.charges[:, None], answer.shells], dim=1)
-        self.point: Point = self.functional.at(found)
-        self.point.linearize()
-        self.point.linearize_exactly()
-        self.y: Tensor = cast(Any, _Stationary).apply(self, *rows)
+        self.rows, self._problem = rows, _Problem(dataclasses.replace(model, parameters=table), systems, start)
+        self.y: Tensor = cast(Any, _Stationary).apply(self._problem, *rows)
         self._positions = systems.positions.clone().requires_grad_()
 
     @property
     def energy(self) -> Tensor:
         """Ω [b], eV."""
-        return self.explicit.energy(self.y.detach(), self.systems.positions, self.rows)
+        return self._problem.explicit.energy(self.y.detach(), self._problem.positions, self.rows)
 
     @property
     def dipole(self) -> Tensor:
         """M [b, 3], e Å."""
-        return self.explicit.dipole(self.y, self.systems.positions)
+        return self._problem.explicit.dipole(self.y, self._problem.positions)
 
     @property
     def forces(self) -> Tensor:
         """−∂Ω/∂r at fixed charges and shells, [n, 3], eV/Å."""
-        energy = self.explicit.energy(self.y, self._positions, self.rows)
+        energy = self._problem.explicit.energy(self.y, self._positions, self.rows)
         return -torch.autograd.grad(energy.sum(), self._positions, create_graph=True)[0]
 
     def responses(self, *, born_charges: bool = False) -> tuple[Tensor, Tensor | None]:
         """Polarizability [b, 3, 3] (Å³) and Born charges [n, 3, 3] (e; atom, dipole, displacement) at fixed field."""
-        answers: Tensor = cast(Any, _Response).apply(self, self.y, *self.rows)
-        alpha = torch.stack([self.functional.moved(answer) for answer in answers], dim=2)
-        alpha = 0.5 * (alpha + alpha.transpose(1, 2)) * self.model.coulomb_constant
+        problem = self._problem
+        answers: Tensor = cast(Any, _Response).apply(problem, self.y, *self.rows)
+        alpha = torch.stack([problem.functional.moved(answer) for answer in answers], dim=2)
+        alpha = 0.5 * (alpha + alpha.transpose(1, 2)) * problem.functional.model.coulomb_constant
         if not born_charges:
             return alpha, None
+        slopes = problem.slopes(self.y, self._positions, self.rows)
         born = []
         for a, answer in enumerate(answers):
-            slope = self.change(self.y, self._positions, self.rows, answer)
-            pulled = torch.autograd.grad(slope, self._positions, create_graph=True)[0]
+            (pulled,) = torch.autograd.grad((slopes * answer).sum(), self._positions, create_graph=True)
             direct = torch.zeros_like(pulled)
             direct[:, a] = 1.0
             born.append(self.y[:, :1] * direct - pulled)
         return alpha, torch.stack(born, dim=1)
 
-    def change(self, y: Tensor, positions: Tensor, rows: Rows, *directions: Tensor) -> Tensor:
-        """Derivative of ΣΩ along one or several directions [n, 4] in y, one after the other (eV)."""
 
-        def along(point: Tensor) -> Tensor:
-            if len(directions) == 1:
-                return self.explicit.energy(point, positions, rows).sum()
-            return self.change(point, positions, rows, *directions[1:])
+class _Problem:
+    """The stationary point as numbers, and derivatives there; nodes of a graph hold it, so it holds no graph."""
 
-        return jvp(along, (y,), (directions[0],))[1]
+    def __init__(self, model: PQEq, systems: Systems, start: tuple[Tensor, Tensor] | None) -> None:
+        self.positions = systems.positions
+        model.check_field(systems)
+        self.functional = Functional(model, systems)
+        self.explicit = ExplicitFunctional(self.functional)
+        solution = minimize(
+            self.functional, self.functional.start(start), tolerance=model.tolerance, check=start is None
+        )
+        self.y = solution.y
+        if not bool(solution.converged.all()):
+            answer = model.solve(systems)
+            self.y = torch.cat([answer.charges[:, None], answer.shells], dim=1)
+        self.point: Point = self.functional.at(self.y)
+        self.point.linearize()
+
+    def slopes(self, y: Tensor, positions: Tensor, rows: Rows) -> Tensor:
+        """∂ΣΩ/∂y [n, 4] at a y that requires gradients, to be differentiated further."""
+        return torch.autograd.grad(self.explicit.energy(y, positions, rows).sum(), y, create_graph=True)[0]
 
     def inverse(self, right: Tensor) -> Tensor:
         """H⁻¹ times a right-hand side [n, 4], on the constraint surface."""
@@ -146,19 +145,19 @@ class _Stationary(torch.autograd.Function):
     """y* [n, 4] of the rows."""
 
     @staticmethod
-    def forward(ctx: Any, problem: DifferentiablePQEq, *rows: Tensor) -> Tensor:
+    def forward(ctx: Any, problem: _Problem, *rows: Tensor) -> Tensor:
         ctx.problem = problem
         ctx.save_for_backward(*rows)
-        return torch.cat([problem.point.q[:, None], problem.point.shells], dim=1)
+        return problem.y.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        problem: DifferentiablePQEq = ctx.problem
+        problem: _Problem = ctx.problem
         adjoint = problem.inverse(grad)
-        y = torch.cat([problem.point.q[:, None], problem.point.shells], dim=1)
         with torch.enable_grad():
+            y = problem.y.detach().requires_grad_()
             rows = Rows(*(row.detach().requires_grad_() for row in ctx.saved_tensors))
-            slope = problem.change(y, problem.systems.positions, rows, adjoint)
+            slope = (problem.slopes(y, problem.positions, rows) * adjoint).sum()
             return None, *(-g for g in torch.autograd.grad(slope, rows))
 
 
@@ -166,7 +165,7 @@ class _Response(torch.autograd.Function):
     """X = H⁻¹U [3, n, 4] of y and the rows."""
 
     @staticmethod
-    def forward(ctx: Any, problem: DifferentiablePQEq, y: Tensor, *rows: Tensor) -> Tensor:
+    def forward(ctx: Any, problem: _Problem, y: Tensor, *rows: Tensor) -> Tensor:
         answers = torch.stack([problem.inverse(u) for u in problem.field_slopes()])
         ctx.problem = problem
         ctx.save_for_backward(answers, y, *rows)
@@ -174,16 +173,14 @@ class _Response(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        problem: DifferentiablePQEq = ctx.problem
+        problem: _Problem = ctx.problem
         answers, y, *saved = ctx.saved_tensors
         adjoint = [problem.inverse(g) for g in grad]
         with torch.enable_grad():
             y = y.detach().requires_grad_()
             rows = Rows(*(row.detach().requires_grad_() for row in saved))
-            curved = torch.stack(
-                [
-                    problem.change(y, problem.systems.positions, rows, mu, x)
-                    for mu, x in zip(adjoint, answers, strict=True)
-                ]
-            ).sum()
+            slopes = problem.slopes(y, problem.positions, rows)
+            curved = torch.zeros_like(slopes[0, 0])
+            for mu, x in zip(adjoint, answers, strict=True):
+                curved = curved + (torch.autograd.grad((slopes * x).sum(), y, create_graph=True)[0] * mu).sum()
             return None, *(-g for g in torch.autograd.grad(curved, (y, *rows), materialize_grads=True))
