@@ -127,7 +127,7 @@ class Charges(Strict):
     net_charge: Number = 0.0
     limiter: Literal["fene", "none"] = "fene"
     shell_limit: Annotated[Number, Field(gt=0)] = 0.25
-    conserve: Literal["total", "fragments"] = "total"
+    conserve: Literal["total", "fragments", "neighbors"] = "total"
     response: Literal["shells", "all", "frozen"] = "shells"
     carried: Annotated[str | tuple[float, ...], PlainValidator(_per_atom)] = "auto"
     fragments: Annotated[str | tuple[int, ...], PlainValidator(_labels)] = "auto"

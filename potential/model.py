@@ -321,7 +321,8 @@ class Potential:
         network = _one(self.short_range)
         assert isinstance(network, NequIP)
         assert self._pairs is not None
-        return LatentPass(network, systems, self._pairs(systems), self._dtype)
+        assert isinstance(self.charges, LatentCharges)
+        return LatentPass(network, systems, self._pairs(systems), self._dtype, exchange=self.charges.exchanges)
 
     def _latent_charges(self, systems: Systems, read: LatentPass, atoms: Tensor) -> Tensor:
         """Charges [n] (e) of the batch; 0 on electrodes."""
@@ -349,7 +350,45 @@ class Potential:
 
             born = add_charge_motion(model, systems, solved, moved)
             solved = dataclasses.replace(solved, born_charges=born)
-        return solved, derivatives
+        return (solved, derivatives) if read.moment is None else self._with_moment(solved, read, atoms, derivatives)
+
+    def _with_moment(
+        self, solved: PQEqSolution, read: LatentPass, atoms: Tensor, derivatives: tuple[Tensor, Tensor]
+    ) -> tuple[PQEqSolution, tuple[Tensor, Tensor]]:
+        """The same with what a field does to the moment of exchanged charges, which the network gives."""
+        model = self.charges
+        assert isinstance(model, LatentCharges)
+        assert read.moment is not None
+        systems, scale = read.systems, model.screening
+        net = systems.net_charge / torch.bincount(systems.batch, minlength=systems.n_systems)  # on every atom
+        spread = torch.zeros_like(systems.field).index_add_(0, systems.batch, systems.positions)
+        moment = scale * (read.moment + net[:, None] * spread)
+        field = -(solved.field * moment).sum(1)
+        gradient = read.pulled_moment(-scale * solved.field)
+        own = (scale * net[:, None] * solved.field)[systems.batch]
+        forces = derivatives[0] - read.on_atoms(gradient) + own
+        virial = derivatives[1].index_add(
+            0, systems.batch[read.pairs.index[0]], -gradient[:, :, None] * read.pairs.vectors[:, None, :]
+        )
+        virial = virial.index_add(0, systems.batch, own[:, :, None] * systems.positions[:, None, :])
+        born = solved.born_charges
+        if born is not None:
+            for a in range(3):
+                axis = torch.zeros_like(systems.field)
+                axis[:, a] = scale
+                change = read.on_atoms(read.pulled_moment(axis))
+                change[:, a] += scale * net[systems.batch]
+                born[:, a] = born[:, a].index_add(0, atoms, change)
+        return (
+            dataclasses.replace(
+                solved,
+                energy=solved.energy + field,
+                terms={**solved.terms, "field": solved.terms["field"] + field},
+                dipole=solved.dipole + moment,
+                born_charges=born,
+            ),
+            (forces, virial),
+        )
 
     def _response_of(self, systems: Systems, solution: PQEqSolution) -> PQEqSolution:
         """The same with energy, forces and virial counted from zero field, electrodes at 0 V (or without charge)."""

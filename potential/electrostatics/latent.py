@@ -12,6 +12,10 @@ Learned from forces, latent charges are those that a medium of frozen nuclei has
 √ε∞ times larger, M = √ε∞ Σ q r. In a field along a periodic direction M has to be one number, so charges must stay
 within fragments there; Born charges ∂M/∂r need no such thing (:func:`add_charge_motion`).
 
+With ``conserve: neighbors`` no even shift is needed: charge is exchanged between neighbours
+(:func:`voltpi.potential.shortrange.latent.exchanged`), so that what an atom does stays near it, as in an insulator, and
+M is a function of the positions in any cell: fields pull along all directions. Net charge is spread evenly.
+
 With ``relaxation`` the network's charges q⁰ are those of atoms by themselves, and q minimises
 ½ Σ η (q − q⁰)² + E_coulomb(q) − ε·M (electronegativities −η q⁰ in PQEq's functional without shells): charges then
 answer to each other, to fields and to electrodes, and √ε∞ is left out.
@@ -23,7 +27,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,7 +46,7 @@ class LatentCharges(FixedCharges):
     Attributes
     ----------
     conserve : what the charges are shifted to add up to: the structure's net charge (``total``) or that of every
-        fragment (``fragments``)
+        fragment (``fragments``); or ``neighbors``, between which charge is exchanged
     sigma : Å, width of the Gaussian density ∝ exp(−r²/σ²)
     epsilon_infinity : relative permittivity at fixed nuclei of what the model was trained on
     relaxation : whether charges relax from what the network gives, against the hardness of ``parameters``
@@ -50,6 +54,7 @@ class LatentCharges(FixedCharges):
     ``parameters`` are also those of electrodes without eta.
     """
 
+    balances: ClassVar[tuple[str, ...]] = ("total", "fragments", "neighbors")
     response: str = "all"
     sigma: float = 1.0
     epsilon_infinity: float = 1.0
@@ -63,6 +68,8 @@ class LatentCharges(FixedCharges):
         ):
             if not (math.isfinite(value) and value > 0):
                 raise InputError(f"charges.{key} is {value:g}: {fix}")
+        if self.relaxation and self.exchanges:
+            raise InputError("charges.conserve is neighbors with charges.relaxation: set it to total or fragments")
         if self.relaxation and self.epsilon_infinity != 1:
             raise InputError(
                 f"charges.epsilon_infinity is {self.epsilon_infinity:g} with charges.relaxation, which screens by "
@@ -74,8 +81,18 @@ class LatentCharges(FixedCharges):
         return False
 
     @property
-    def dipole_scale(self) -> float:
+    def exchanges(self) -> bool:
+        """Whether charge is exchanged between neighbours."""
+        return self.conserve == "neighbors"
+
+    @property
+    def screening(self) -> float:
+        """√ε∞, what the charges count in a field."""
         return math.sqrt(self.epsilon_infinity)
+
+    @property
+    def dipole_scale(self) -> float:
+        return 0.0 if self.exchanges else self.screening  # the network itself gives the moment of exchanged charges
 
     @property
     def config(self) -> dict[str, Any]:
@@ -96,7 +113,23 @@ class LatentCharges(FixedCharges):
         return torch.ones_like(electrolyte) if self.relaxation else ~electrolyte
 
     def _flowing(self, electrolyte: Tensor) -> Tensor:
-        return electrolyte
+        return torch.zeros_like(electrolyte) if self.exchanges else electrolyte
+
+    def check_field(self, system: Systems) -> None:
+        """As of PQEq, but exchanged charges refuse what needs M within the functional. Raises InputError."""
+        super().check_field(system)
+        if not self.exchanges:
+            return
+        for given, key in (
+            (system.displacement is not None, "displacement"),
+            (system.field_cell is not None, "field_under_strain: reduced"),
+            (self.finite_field is not None, "coulomb.boundary: finite-field"),
+        ):
+            if given:
+                raise InputError(f"{key} is not available with charges.conserve: neighbors; remove it")
+        charged = bool((system.net_charge[(system.field != 0).any(1)] != 0).any())
+        if charged and bool(system.pbc.any()):
+            raise InputError("a field would pull a periodic structure with a net charge: set charges.net_charge to 0")
 
     @property
     def _flows_as(self) -> tuple[str, str, str]:
@@ -163,12 +196,14 @@ class LatentCharges(FixedCharges):
         kept = self._electrolyte(system)
         latent = torch.where(kept, latent, 0.0)
         sums = torch.zeros_like(totals).index_add_(0, group, latent)
+        if self.exchanges:  # what adds up already; the network does not exchange with electrodes
+            sums = torch.zeros_like(sums)
         counts = torch.zeros_like(totals).index_add_(0, group, kept.to(totals.dtype)).clamp(min=1)
         return torch.where(kept, latent + ((totals - sums) / counts)[group], 0.0)
 
     def groups(self, system: Systems) -> tuple[Tensor, Tensor]:
         """Group of every atom [n] and what its charges add up to [groups]. Raises InputError as ``constrained``."""
-        if self.conserve == "total":
+        if self.conserve != "fragments":
             return system.batch, system.net_charge
         if system.fragments is None or system.fragment_charges is None:
             raise InputError("charges.conserve is fragments but the structure has none: prepare it first")
@@ -176,6 +211,8 @@ class LatentCharges(FixedCharges):
 
     def unconstrained(self, system: Systems, gradient: Tensor) -> Tensor:
         """∂/∂(what the network gives) [n] of what has ``gradient`` [n] in the charges: the transpose of the shift."""
+        if self.exchanges:
+            return torch.where(self._electrolyte(system), gradient, 0.0)
         neutral = system.replace(net_charge=torch.zeros_like(system.net_charge))
         if system.fragment_charges is not None:
             neutral = neutral.replace(fragment_charges=torch.zeros_like(system.fragment_charges))
@@ -196,13 +233,13 @@ def add_charge_motion(
     assert solution.born_charges is not None
     assert solution.charge_response is not None
     born, lever = solution.born_charges.clone(), solution.charge_response
-    if model.conserve == "fragments" or model.relaxation:
+    if model.conserve == "fragments" or model.exchanges or model.relaxation:
         for a in range(3):
             born[:, a] += moved(lever[:, a])
         return born
     inverse = torch.linalg.pinv(system.cell * system.pbc[..., None])[system.batch]  # no component along open directions
     scaled = torch.einsum("nb,nbd->nd", system.positions, inverse)
-    vectors = model.dipole_scale * system.cell[system.batch]  # [n, d, 3]
+    vectors = model.screening * system.cell[system.batch]  # [n, d, 3]
     lever = lever - torch.einsum("nd,nda->na", scaled * system.pbc[system.batch], vectors)
     for a in range(3):
         born[:, a] += moved(lever[:, a])
@@ -218,6 +255,6 @@ def add_charge_motion(
         count = torch.bincount(system.batch, minlength=system.n_systems)
         total = torch.zeros_like(system.cell).index_add_(0, system.batch, born)
         eye = torch.eye(3, dtype=born.dtype, device=born.device)
-        wanted = model.dipole_scale * system.net_charge[:, None, None] * eye
+        wanted = model.screening * system.net_charge[:, None, None] * eye
         born += ((wanted - total) / count[:, None, None])[system.batch]
     return born

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from ase.data import chemical_symbols
@@ -103,6 +103,7 @@ class PQEq:
     finite_field : lattice vector (0, 1, 2) of a periodic cell across which the potential jumps between two electrodes
     """
 
+    balances: ClassVar[tuple[str, ...]] = ("total", "fragments")
     parameters: Mapping[str, ElementParameters] = field(default_factory=read_parameters)
     conserve: str = "total"
     response: str = "shells"
@@ -118,7 +119,7 @@ class PQEq:
 
     def __post_init__(self) -> None:
         choices = {
-            "conserve": ("total", "fragments"),
+            "conserve": self.balances,
             "response": ("shells", "all", "frozen"),
             "limiter": ("fene", "none"),
         }

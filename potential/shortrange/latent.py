@@ -1,6 +1,8 @@
-"""A network with latent charges at one geometry: its energy now, its derivatives once the charges' potential is known."""
+"""A network with latent charges at one geometry: energy now, derivatives once the potential of its charges is known."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,22 +11,55 @@ from voltpi.potential.neighbors import Neighbors
 from voltpi.potential.shortrange.nequip import NequIP
 from voltpi.potential.systems import Systems
 
-__all__ = ["LatentPass"]
+__all__ = ["Exchanged", "LatentPass", "exchanged"]
+
+
+class Exchanged(NamedTuple):
+    """Charges [n] (e) that atoms have after they have exchanged some with neighbours, and their moment [b, 3] (e Å)."""
+
+    charges: Tensor
+    moment: Tensor
+
+
+def exchanged(network: NequIP, latent: Tensor, index: Tensor, vectors: Tensor, batch: Tensor, count: int) -> Exchanged:
+    """What ``latent`` [n] makes of charges: t_ij = w(r_ij) (c_i − c_j)/⟨neighbours⟩ goes from j to i, q_i = Σ_j t_ij.
+
+    w = (1 − r²/r_c²)³ within the network's cutoff. Every pair keeps what it has, so q adds up to 0 wherever there is
+    vacuum around, and the moment Σ q r = ½ Σ_ij t_ij (r_i − r_j) needs no origin and knows no cell: ``vectors`` [e, 3]
+    are r_j − r_i, ``index`` [2, e] has every pair both ways, ``batch`` [n] the structure of ``count`` of every atom.
+    """
+    i, j = index
+    near = (1 - vectors.square().sum(1) / network.cutoff**2).clamp(min=0) ** 3
+    given = near * (latent[i] - latent[j]) / float(network.config["n_neighbors"])
+    charges = torch.zeros_like(latent).index_add(0, i, given)
+    moment = latent.new_zeros(count, 3).index_add(0, batch[i], -0.5 * given[:, None] * vectors)
+    return Exchanged(charges, moment)
 
 
 class LatentPass:
     """One forward pass, kept for several backward ones.
 
-    Attributes: ``energy`` [b] (eV) and ``charges`` [n] (e, before they are made to add up), float64, without a graph.
+    Attributes: ``energy`` [b] (eV) and ``charges`` [n] (e, before they are made to add up), float64, without a graph;
+    where charges are ``exchanged`` among neighbours, ``moment`` [b, 3] (e Å), else None.
     """
 
-    def __init__(self, network: NequIP, systems: Systems, pairs: Neighbors, dtype: torch.dtype) -> None:
+    def __init__(
+        self, network: NequIP, systems: Systems, pairs: Neighbors, dtype: torch.dtype, *, exchange: bool = False
+    ) -> None:
         self.systems, self.pairs = systems, pairs
         self._vectors = pairs.vectors.to(dtype).detach().requires_grad_(True)
         with torch.enable_grad():
             self._atomic, self._charges = network.with_charges(systems.numbers, pairs.index, self._vectors)
         self.energy = torch.zeros(systems.n_systems, dtype=torch.float64, device=systems.device)
         self.energy.index_add_(0, systems.batch, self._atomic.detach().to(torch.float64))
+        self._moment: Tensor | None = None
+        self.moment: Tensor | None = None
+        if exchange:
+            with torch.enable_grad():
+                self._charges, self._moment = exchanged(
+                    network, self._charges, pairs.index, self._vectors, systems.batch, systems.n_systems
+                )
+            self.moment = self._moment.detach().to(torch.float64)
         self.charges = self._charges.detach().to(torch.float64)
 
     def gradient(self, potential: Tensor) -> Tensor:
@@ -32,9 +67,17 @@ class LatentPass:
         ones = torch.ones_like(self._atomic)
         return self._pulled([self._atomic, self._charges], [ones, potential.to(self._charges)])
 
+    def pulled_moment(self, field: Tensor) -> Tensor:
+        """∂(Σ ``field`` [b, 3] · moment)/∂(r_j − r_i) of every pair, [e, 3]."""
+        assert self._moment is not None
+        return self._pulled([self._moment], [field.to(self._moment)])
+
     def moved(self, factors: Tensor) -> Tensor:
         """∂(Σ ``factors`` [n] · charges)/∂r, [n, 3]."""
-        gradient = self._pulled([self._charges], [factors.to(self._charges)])
+        return self.on_atoms(self._pulled([self._charges], [factors.to(self._charges)]))
+
+    def on_atoms(self, gradient: Tensor) -> Tensor:
+        """∂/∂r [n, 3] of what has ``gradient`` [e, 3] with r_j − r_i of every pair."""
         i, j = self.pairs.index
         out = torch.zeros_like(self.systems.positions)
         return out.index_add_(0, j, gradient).index_add_(0, i, gradient, alpha=-1)

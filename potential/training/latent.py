@@ -40,6 +40,7 @@ class Interaction(NamedTuple):
     potential [n, n] V/e · gradient [n, n, 3] of potential[i, j] with r_i, V/(e Å) · strain [n, n, 3, 3] its derivative
     with a symmetric strain, V/e, or None without a stress label · lever [n, 3] ∂M/∂q, Å · scale √ε∞ · field [3] V/Å ·
     group [n] and totals [groups] (e) of what the charges add up to · hardness [n] eV/e² where charges relax, else None
+    · exchanged: an empty tensor where charges are exchanged between neighbours (no shift, lever 0), else None
     """
 
     potential: Tensor
@@ -51,6 +52,7 @@ class Interaction(NamedTuple):
     group: Tensor
     totals: Tensor
     hardness: Tensor | None = None
+    exchanged: Tensor | None = None
 
     def to(self, dtype: torch.dtype, device: torch.device | str) -> Interaction:
         """The same in another precision, elsewhere."""
@@ -82,17 +84,18 @@ def interaction(model: LatentCharges, systems: Systems, *, stress: bool = False)
                     )
                 strain[:, :, a, b] = strain[:, :, b, a] = (ends[0] - ends[1]) / (2 * _STRAIN)
     group, totals = model.groups(systems)
-    scale = torch.tensor(model.dipole_scale, dtype=torch.float64)
+    scale = torch.tensor(model.screening, dtype=torch.float64)
     return Interaction(
         potential=potential,
         gradient=gradient,
         strain=strain,
-        lever=scale * whole_positions(systems),
+        lever=model.dipole_scale * whole_positions(systems),
         scale=scale,
         field=systems.field[0],
         group=group,
         totals=totals,
         hardness=model.hardness(systems),
+        exchanged=torch.zeros(0, dtype=torch.float64) if model.exchanges else None,
     )
 
 
@@ -136,7 +139,9 @@ def long_range_of(latent: Tensor, interactions: tuple[Interaction, ...]) -> tupl
         n = len(part.group)
         q = latent[first : first + n]
         first += n
-        sums = torch.zeros_like(part.totals).index_add(0, part.group, q)
+        sums = torch.zeros_like(part.totals)
+        if part.exchanged is None:
+            sums = sums.index_add(0, part.group, q)
         counts = torch.zeros_like(part.totals).index_add(0, part.group, torch.ones_like(q))
         q = q + ((part.totals - sums) / counts)[part.group]
         bare, q = q, q if part.hardness is None else _relaxed(q, part)
@@ -144,7 +149,8 @@ def long_range_of(latent: Tensor, interactions: tuple[Interaction, ...]) -> tupl
         if part.hardness is not None:
             energy = energy + 0.5 * (part.hardness * (q - bare).square()).sum()
         energies.append(energy)
-        pull = part.scale * part.field - torch.einsum("ijc,j->ic", part.gradient, q)
+        held = part.scale if part.exchanged is None else 0.0  # else the moment itself is pulled
+        pull = held * part.field - torch.einsum("ijc,j->ic", part.gradient, q)
         forces.append(q[:, None] * pull)
         if part.strain is None:
             strains.append(latent.new_zeros(3, 3))

@@ -11,6 +11,7 @@ import torch
 from ase.units import GPa
 from torch import Tensor, nn
 
+from voltpi.potential.shortrange.latent import exchanged
 from voltpi.potential.shortrange.nequip import NequIP
 from voltpi.potential.training.dataset import Sample
 from voltpi.potential.training.latent import Interaction, long_range_of
@@ -127,7 +128,14 @@ def predict(network: nn.Module, batch: Batch, *, create_graph: bool) -> Predicti
     if batch.latent:
         assert isinstance(network, NequIP)
         atomic, charges = network.with_charges(batch.numbers, batch.edge_index, vectors)
+        moment = None
+        if batch.latent[0].exchanged is not None:
+            edges, count = batch.edge_index, len(batch.energy)
+            charges, moment = exchanged(network, charges, edges, vectors, batch.structure, count)
         coulomb, forces, strained = long_range_of(charges, batch.latent)
+        if moment is not None:
+            fields = torch.stack([x.scale * x.field for x in batch.latent])
+            coulomb = coulomb - (fields * moment).sum(1)
         energy = coulomb.index_add(0, batch.structure, atomic)
     else:
         atomic = network(batch.numbers, batch.edge_index, vectors).reshape(-1)

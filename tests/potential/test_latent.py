@@ -13,7 +13,7 @@ from scipy.special import erf
 
 from voltpi.potential.checkpoints import load_potential, save_potential
 from voltpi.potential.electrostatics.latent import LatentCharges
-from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT, FixedCharges
+from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT, FixedCharges, PQEq
 from voltpi.potential.errors import InputError
 from voltpi.potential.external.electrodes import Electrode, assign_electrodes
 from voltpi.potential.model import Potential
@@ -75,6 +75,11 @@ MODES = {
     "slab in a field": ("slab", "fragments", (0.1, -0.2, 0.15), None),
     "capacitor": ("capacitor", "total", (0, 0, 0.1), None),
     "capacitor, molecules": ("capacitor", "fragments", (0, 0, 0), None),
+    "open, neighbors": ("open", "neighbors", (0.1, -0.2, 0.15), None),
+    "cell, neighbors": ("cell", "neighbors", (0, 0, 0), None),
+    "cell in a field, neighbors": ("cell", "neighbors", (0.1, -0.2, 0.15), None),
+    "slab in a field, neighbors": ("slab", "neighbors", (0.1, -0.2, 0.15), None),
+    "capacitor, neighbors": ("capacitor", "neighbors", (0, 0, 0.1), None),
     "open, relaxing": ("open", "total", (0.1, -0.2, 0.15), None),
     "cell, relaxing": ("cell", "total", (0, 0, 0), None),
     "cell in a field, relaxing": ("cell", "fragments", (0.1, -0.2, 0.15), None),
@@ -145,7 +150,10 @@ def test_virial_is_an_exact_derivative(network, mode):
 WITH_DIPOLE = ["open", "cell in a field", "cell at a displacement", "slab in a field"]
 
 
-@pytest.mark.parametrize("mode", [*WITH_DIPOLE, *(f"{mode}, relaxing" for mode in WITH_DIPOLE)])
+NEIGHBORS = [mode for mode in MODES if "neighbors" in mode and "capacitor" not in mode]
+
+
+@pytest.mark.parametrize("mode", [*WITH_DIPOLE, *(f"{mode}, relaxing" for mode in WITH_DIPOLE), *NEIGHBORS])
 def test_born_charges_are_derivatives_of_the_dipole(network, mode):
     potential, systems = prepared(network, mode)
     fixed = systems.replace(displacement=None, field=potential(systems).field)  # Born charges are at fixed field
@@ -159,7 +167,9 @@ def test_born_charges_are_derivatives_of_the_dipole(network, mode):
     assert born.sum(0).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("mode", ["capacitor", "capacitor, molecules", "capacitor, relaxing molecules"])
+@pytest.mark.parametrize(
+    "mode", ["capacitor", "capacitor, molecules", "capacitor, neighbors", "capacitor, relaxing molecules"]
+)
 def test_born_charges_between_electrodes_are_forces_per_field(network, mode):
     """∂F/∂ε across the plates, where charge on the metal follows."""
     potential, systems = prepared(network, mode)
@@ -294,6 +304,30 @@ def test_a_field_pulls_with_the_born_charges(network):
     assert torch.allclose(pull, torch.einsum("nab,a->nb", born, systems.field[0]), atol=1e-10)
 
 
+def test_exchanged_charges_have_one_moment_in_any_cell(network):
+    """Half a cell's atoms moved by a lattice vector: another Σ q r, the same M; in the open M is Σ q r."""
+    potential, systems = prepared(network, "cell in a field, neighbors")
+    shifted = systems.positions.clone()
+    shifted[::2] += systems.cell[0, 1]
+    one, two = potential(systems), potential(systems.replace(positions=shifted))
+    assert torch.allclose(one.dipole, two.dipole, atol=1e-12)
+    assert one.energy.item() == pytest.approx(two.energy.item(), abs=1e-10)
+    free, systems = prepared(network, "open, neighbors", epsilon_infinity=1.0)
+    answer = free(systems)
+    assert torch.allclose(answer.dipole[0], answer.charges @ systems.positions, atol=1e-12)
+
+
+def test_a_net_charge_feels_a_field(network):
+    potential, systems = prepared(network, "open, neighbors", epsilon_infinity=1.0)
+    charged = systems.replace(net_charge=torch.ones(1, dtype=torch.float64))
+    answer = potential(charged)
+    assert torch.allclose(answer.forces.sum(0), systems.field[0], atol=1e-9)
+    assert torch.allclose(answer.dipole[0], answer.charges @ systems.positions, atol=1e-12)
+    along = direction(systems)
+    work = slope(lambda x: potential(charged.replace(positions=charged.positions + x * along)).energy.item(), 1e-3)
+    assert -float((answer.forces * along).sum()) == pytest.approx(work, rel=1e-7)
+
+
 def test_screening_scales_the_dipole_and_nothing_else(network):
     potential, systems = prepared(network, "cell in a field")
     free = systems.replace(field=torch.zeros_like(systems.field))
@@ -303,10 +337,12 @@ def test_screening_scales_the_dipole_and_nothing_else(network):
     assert torch.allclose(one.dipole, math.sqrt(1.8) * two.dipole, atol=1e-12)
 
 
-@pytest.mark.parametrize("mode", ["open", "cell", "cell in a field", "slab"])
+@pytest.mark.parametrize("mode", ["open", "cell", "cell in a field", "slab", "open, neighbors", "cell, neighbors"])
 def test_charges_add_up_and_batches_equal_singles(network, mode):
     potential, systems = prepared(network, mode)
-    charged = systems.replace(net_charge=torch.ones(1, dtype=torch.float64)) if "total" in MODES[mode] else systems
+    charged = systems
+    if "fragments" not in MODES[mode]:
+        charged = systems.replace(net_charge=torch.ones(1, dtype=torch.float64))
     moved = charged.replace(positions=charged.positions + 0.05 * direction(charged))
     both = potential(Systems.join([charged, moved]), born_charges=True)
     n = systems.n_atoms
@@ -357,6 +393,18 @@ def test_what_cannot_be_is_refused(network):
         Potential(plain, LatentCharges())
     with pytest.raises(InputError, match=r"charges\.model: latent"):
         plain.with_charges(torch.tensor([8]), torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0, 3))
+    local, systems = prepared(network, "cell in a field, neighbors")
+    held = torch.full_like(systems.field, 0.1)
+    with pytest.raises(InputError, match=r"displacement is not available with charges\.conserve: neighbors"):
+        local(systems.replace(displacement=held, field=torch.zeros_like(held)))
+    with pytest.raises(InputError, match="reduced is not available"):
+        local(systems.replace(field_cell=systems.cell))
+    with pytest.raises(InputError, match="net charge: set charges"):
+        local(systems.replace(net_charge=torch.ones(1, dtype=torch.float64)))
+    with pytest.raises(InputError, match="total or fragments"):
+        LatentCharges(relaxation=True, conserve="neighbors")
+    with pytest.raises(InputError, match=r"charges\.conserve is 'neighbors': choose total \| fragments"):
+        PQEq(conserve="neighbors")
     relaxing, systems = prepared(network, "cell, relaxing")
     with pytest.raises(InputError, match=r"output\.born_charges with charges\.relaxation"):
         relaxing(systems, born_charges=True)
@@ -379,7 +427,11 @@ def sample(potential, systems):
 
 
 @pytest.mark.parametrize(
-    "mode", ["open", "cell", "cell in a field", "slab", "open, relaxing", "cell, relaxing", "cell in a field, relaxing"]
+    "mode",
+    [
+        *("open", "cell", "cell in a field", "slab", "open, relaxing", "cell, relaxing", "cell in a field, relaxing"),
+        *NEIGHBORS,
+    ],
 )
 def test_what_is_trained_is_what_runs(network, mode):
     potential, systems = prepared(network, mode)
@@ -395,7 +447,7 @@ def test_what_is_trained_is_what_runs(network, mode):
         assert torch.allclose(-labelled.volume * answer.stress[1], virial, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["open", "cell in a field", "cell in a field, relaxing"])
+@pytest.mark.parametrize("mode", ["open", "cell in a field", "cell in a field, relaxing", "cell in a field, neighbors"])
 def test_the_loss_has_an_exact_gradient(network, mode):
     potential, systems = prepared(network, mode)
     batch = pack(sample(potential, systems), dtype=torch.float64)
