@@ -8,8 +8,10 @@ quotes. What stands for a kind of model is small and untrained: whether a settin
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -22,6 +24,7 @@ from ase import Atoms
 from voltpi.driver.evaluator import BOHR, Evaluator
 from voltpi.driver.settings import load_settings
 from voltpi.potential.checkpoints import save_potential
+from voltpi.potential.committee import LastLayers
 from voltpi.potential.electrostatics.latent import LatentCharges
 from voltpi.potential.electrostatics.pqeq import PQEq
 from voltpi.potential.electrostatics.taper import TaperedPQEq
@@ -92,6 +95,7 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "electrodes at potentials": (_plates, _VOLTAGE),
     "electrodes at charges": (_plates, _CHARGE),
     "`finite-field` cell": (_plates, {**_VOLTAGE, "coulomb.boundary": "finite-field-z"}),
+    "`output.uncertainty`": (_cell, {"output.uncertainty": "energy"}),
     "`output.born_charges`": (_cell, {"output.born_charges": True}),
     "`output.polarizability`": (_cell, {"output.polarizability": True}),
     "`output.smallest_curvature`": (_cell, {"output.smallest_curvature": True}),
@@ -108,18 +112,23 @@ def _models(folder: Path) -> dict[str, dict[str, Any]]:
     charged = {
         "pqeq": Potential(plain, PQEq(conserve="fragments", response="all")),
         "latent": Potential(latent, LatentCharges(conserve="total")),
+        "neighbors": Potential(latent, LatentCharges(conserve="neighbors")),
         "molecules": Potential(latent, LatentCharges(conserve="fragments")),
         "tapered": Potential(plain, TaperedPQEq()),
         "bare": Potential(plain),
     }
+    committee = LastLayers(plain, torch.randn(4, 4))
+    charged["committee"] = Potential(committee, PQEq(conserve="fragments", response="all"))
     for name, potential in charged.items():
-        save_potential(folder / f"{name}.safetensors", potential, {"name": name})
-    files = {name: {"model": str(folder / f"{name}.safetensors")} for name in charged}
+        save_potential(folder / f"stand-in-{name}.safetensors", potential, {"name": name})
+    files = {name: {"model": str(folder / f"stand-in-{name}.safetensors")} for name in charged}
     stand_in = {"short_range": {"foundation": "ase:ase.calculators.emt:EMT"}}
-    return {
+    models = {
         "trained, PQEq": files["pqeq"],
-        "trained, latent charges within fragments": files["molecules"],
-        "trained, latent charges": files["latent"],
+        "trained, PQEq, committee": files["committee"],
+        "trained, latent, `total`": files["latent"],
+        "trained, latent, `fragments`": files["molecules"],
+        "trained, latent, `neighbors`": files["neighbors"],
         "trained, no charges": files["bare"],
         "imported ReaxNet, tapered": files["tapered"],
         "pair potential, PQEq": {
@@ -134,6 +143,23 @@ def _models(folder: Path) -> dict[str, dict[str, Any]]:
         "foundation model, PQEq response": {**stand_in, "charges.conserve": "fragments", "charges.response": "all"},
         "foundation model alone": {**stand_in, "charges.model": "none"},
     }
+    if importlib.util.find_spec("matgl") is not None:
+        models["QET, `linear-qeq`"] = {
+            "short_range": {"foundation": f"qet:{_qet(folder / 'qet')}"},
+            "charges.model": "linear-qeq",
+        }
+    return models
+
+
+def _qet(folder: Path) -> Path:
+    """A small QET as matgl saves it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the packages that matgl imports
+        from matgl.apps.pes import Potential as MatGLPotential
+        from matgl.models import QET
+    network = QET(element_types=("H", "O", "Au"), units=8, nblocks=1, max_n=3, max_l=2, cutoff=4.0, use_smooth=True)
+    MatGLPotential(network, calc_charge=True).save(folder)
+    return folder
 
 
 def _tried(model: Mapping[str, Any], structure: Atoms, setting: Mapping[str, Any]) -> str:
@@ -141,6 +167,8 @@ def _tried(model: Mapping[str, Any], structure: Atoms, setting: Mapping[str, Any
     keys = {**model, **setting}
     if "electrodes" in setting and "model" in model:
         keys["short_range.pair.lennard_jones"] = _LENNARD_JONES  # the walls of a model that knows no metal
+    if "electrodes" in setting and model.get("charges.model") == "linear-qeq":  # whose hardness a network gives
+        keys["electrodes"] = [{k: v for k, v in one.items() if k != "eta"} for one in setting["electrodes"]]
     total, fixed = setting.get("charges.net_charge", 0.0), model.get("charges.model") == "fixed"
     structure = _charged(structure, total, fixed)
     try:
@@ -160,7 +188,8 @@ def honoured(folder: Path) -> dict[str, dict[str, str]]:
         out[name] = {}
         for setting, (structure, keys) in SETTINGS.items():
             sentence = _tried(model, structure(), keys)
-            out[name][setting] = sentence.replace(str(folder) + "/", "").replace(".safetensors", "")
+            file = Path(str(model.get("model", ""))).stem
+            out[name][setting] = sentence.replace(f"model {file}.safetensors", "the model")
     return out
 
 
@@ -181,7 +210,8 @@ def page(table: Mapping[str, Mapping[str, str]]) -> str:
             "",
             "Made by `python -m voltpi.driver.honoured`, which tries every combination; a test compares.",
             "*yes*: the energy answers, with exact derivatives. *no*: refused with the sentence below; nothing is",
-            "silently dropped. Foundation models are all those of `short_range.foundation`.",
+            "silently dropped. Foundation models are all those of `short_range.foundation`; the column of QET is made",
+            "where matgl is installed.",
             "",
             *lines,
             "",

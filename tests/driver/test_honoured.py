@@ -33,7 +33,7 @@ def test_the_page_is_what_trying_gives(table: Table) -> None:
 
 def test_refusals_name_what_was_set(table: Table) -> None:
     assert not table["trained, PQEq"]["`field`, periodic"]
-    assert "charges.conserve: fragments" in table["trained, latent charges"]["`field`, periodic"]
+    assert "charges.conserve: fragments" in table["trained, latent, `total`"]["`field`, periodic"]
     assert "electrodes need charges" in table["trained, no charges"]["electrodes at potentials"]
     for row in table.values():
         assert all("\n" not in sentence for sentence in row.values())
