@@ -21,16 +21,16 @@ class Exchanged(NamedTuple):
     moment: Tensor
 
 
-def exchanged(network: NequIP, latent: Tensor, index: Tensor, vectors: Tensor, batch: Tensor, count: int) -> Exchanged:
-    """What ``latent`` [n] makes of charges: t_ij = w(r_ij) (c_i − c_j)/⟨neighbours⟩ goes from j to i, q_i = Σ_j t_ij.
+def exchanged(cutoff: float, latent: Tensor, index: Tensor, vectors: Tensor, batch: Tensor, count: int) -> Exchanged:
+    """What ``latent`` [n] makes of charges: t_ij = w(r_ij) (c_i − c_j) goes from j to i, q_i = Σ_j t_ij.
 
-    w = (1 − r²/r_c²)³ within the network's cutoff. Every pair keeps what it has, so q adds up to 0 wherever there is
+    w = (1 − r²/r_c²)³ within ``cutoff`` (Å). Every pair keeps what it has, so q adds up to 0 wherever there is
     vacuum around, and the moment Σ q r = ½ Σ_ij t_ij (r_i − r_j) needs no origin and knows no cell: ``vectors`` [e, 3]
     are r_j − r_i, ``index`` [2, e] has every pair both ways, ``batch`` [n] the structure of ``count`` of every atom.
     """
     i, j = index
-    near = (1 - vectors.square().sum(1) / network.cutoff**2).clamp(min=0) ** 3
-    given = near * (latent[i] - latent[j]) / float(network.config["n_neighbors"])
+    near = (1 - vectors.square().sum(1) / cutoff**2).clamp(min=0) ** 3
+    given = near * (latent[i] - latent[j])
     charges = torch.zeros_like(latent).index_add(0, i, given)
     moment = latent.new_zeros(count, 3).index_add(0, batch[i], -0.5 * given[:, None] * vectors)
     return Exchanged(charges, moment)
@@ -57,7 +57,7 @@ class LatentPass:
         if exchange:
             with torch.enable_grad():
                 self._charges, self._moment = exchanged(
-                    network, self._charges, pairs.index, self._vectors, systems.batch, systems.n_systems
+                    network.cutoff, self._charges, pairs.index, self._vectors, systems.batch, systems.n_systems
                 )
             self.moment = self._moment.detach().to(torch.float64)
         self.charges = self._charges.detach().to(torch.float64)

@@ -131,7 +131,7 @@ def predict(network: nn.Module, batch: Batch, *, create_graph: bool) -> Predicti
         moment = None
         if batch.latent[0].exchanged is not None:
             edges, count = batch.edge_index, len(batch.energy)
-            charges, moment = exchanged(network, charges, edges, vectors, batch.structure, count)
+            charges, moment = exchanged(network.cutoff, charges, edges, vectors, batch.structure, count)
         coulomb, forces, strained = long_range_of(charges, batch.latent)
         if moment is not None:
             fields = torch.stack([x.scale * x.field for x in batch.latent])
