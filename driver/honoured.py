@@ -109,21 +109,24 @@ def _models(folder: Path) -> dict[str, dict[str, Any]]:
     torch.manual_seed(1)
     small: dict[str, Any] = {"hidden_irreps": "4x0e+2x1o", "layers": 1, "r_max": 3.0, "n_basis": 4, "radial_hidden": 8}
     plain, latent = NequIP([1, 8], **small), NequIP([1, 8], **small, latent=True)
+    tapered: Any = TaperedPQEq()
     charged = {
         "pqeq": Potential(plain, PQEq(conserve="fragments", response="all")),
         "latent": Potential(latent, LatentCharges(conserve="total")),
         "neighbors": Potential(latent, LatentCharges(conserve="neighbors")),
         "molecules": Potential(latent, LatentCharges(conserve="fragments")),
-        "tapered": Potential(plain, TaperedPQEq()),
+        "tapered": Potential(plain, tapered),
         "bare": Potential(plain),
     }
     committee = LastLayers(plain, torch.randn(4, 4))
     charged["committee"] = Potential(committee, PQEq(conserve="fragments", response="all"))
     for name, potential in charged.items():
         save_potential(folder / f"stand-in-{name}.safetensors", potential, {"name": name})
-    files = {name: {"model": str(folder / f"stand-in-{name}.safetensors")} for name in charged}
-    stand_in = {"short_range": {"foundation": "ase:ase.calculators.emt:EMT"}}
-    models = {
+    files: dict[str, dict[str, Any]] = {
+        name: {"model": str(folder / f"stand-in-{name}.safetensors")} for name in charged
+    }
+    stand_in: dict[str, Any] = {"short_range": {"foundation": "ase:ase.calculators.emt:EMT"}}
+    models: dict[str, dict[str, Any]] = {
         "trained, PQEq": files["pqeq"],
         "trained, PQEq, committee": files["committee"],
         "trained, latent, `total`": files["latent"],

@@ -2,6 +2,7 @@
 
     sevennet-0 | sevennet-l3i5 | sevennet:PATH   SevenNet: Park et al., J. Chem. Theory Comput. 20, 4857 (2024)
     chgnet | chgnet-r2scan                       CHGNet: Deng et al., Nat. Mach. Intell. 5, 1031 (2023)
+    mace:PATH                                    MACE: Batatia et al., Adv. Neural Inf. Process. Syst. 35, 11423 (2022)
     qet:PATH | qet-matgl2:PATH                   QET: Ko et al., arXiv:2511.07249 (2025), as matgl 4 or 2 evaluates it
     ase:MODULE:FUNCTION                          any ASE calculator: FUNCTION() of MODULE returns it
 
@@ -95,7 +96,9 @@ def missing_package(name: str) -> str:
 
 
 def _not_installed(name: str, package: str, extra: str, why: str) -> str:
-    return f"short_range.foundation is {name}, which needs the package {package} ({why}): pip install 'voltpi[{extra}]'"
+    # mace-torch itself asks for a version of e3nn that VoltPI cannot use (pyproject.toml)
+    install = f"pip install 'voltpi[{extra}]'" + (" && pip install --no-deps mace-torch" if extra == "mace" else "")
+    return f"short_range.foundation is {name}, which needs the package {package} ({why}): {install}"
 
 
 def load_foundation(name: str, *, precision: str = "mixed") -> EdgeModel | WholeModel:
@@ -105,15 +108,10 @@ def load_foundation(name: str, *, precision: str = "mixed") -> EdgeModel | Whole
     """
     kind, _, rest = name.partition(":")
     dtype = torch.float64 if precision == "double" else torch.float32
-    if kind == "mace":
-        raise InputError(
-            f"short_range.foundation: {kind} is not available in this version; use ase:module:function with its ASE "
-            "calculator"
-        )
     if kind not in _LOADERS or (kind in _NEED_MORE) != bool(rest):
         forms = (
-            "sevennet-0 | sevennet-l3i5 | sevennet:PATH | chgnet | chgnet-r2scan | qet:PATH | qet-matgl2:PATH | "
-            "ase:module:function"
+            "sevennet-0 | sevennet-l3i5 | sevennet:PATH | chgnet | chgnet-r2scan | mace:PATH | qet:PATH | "
+            "qet-matgl2:PATH | ase:module:function"
         )
         raise InputError(f"short_range.foundation is '{name}': choose {forms}")
     return _LOADERS[kind](name, rest, dtype)
@@ -129,6 +127,12 @@ def _chgnet(name: str, rest: str, dtype: torch.dtype) -> EdgeModel:
     from voltpi.potential.shortrange.chgnet import CHGNet
 
     return CHGNet.load(name, dtype)
+
+
+def _mace(name: str, rest: str, dtype: torch.dtype) -> EdgeModel:
+    from voltpi.potential.shortrange.mace import MACE
+
+    return MACE.load(name, rest, dtype)
 
 
 def _qet(name: str, rest: str, dtype: torch.dtype) -> WholeModel:
@@ -149,10 +153,16 @@ _LOADERS: dict[str, Callable[[str, str, torch.dtype], EdgeModel | WholeModel]] =
     "sevennet": _sevennet,
     "chgnet": _chgnet,
     "chgnet-r2scan": _chgnet,
+    "mace": _mace,
     "qet": _qet,
     "qet-matgl2": _qet,
     "ase": _ase,
 }
 # by the first word of the name: the package and the extra of VoltPI that installs it
-_PACKAGES = {"sevennet": ("sevenn", "sevennet"), "chgnet": ("chgnet", "chgnet"), "qet": ("matgl", "qet")}
-_NEED_MORE = ("sevennet", "qet", "qet-matgl2", "ase")
+_PACKAGES = {
+    "sevennet": ("sevenn", "sevennet"),
+    "chgnet": ("chgnet", "chgnet"),
+    "mace": ("mace", "mace"),
+    "qet": ("matgl", "qet"),
+}
+_NEED_MORE = ("sevennet", "mace", "qet", "qet-matgl2", "ase")

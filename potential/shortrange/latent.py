@@ -14,6 +14,10 @@ from voltpi.potential.systems import Systems
 __all__ = ["Exchanged", "LatentPass", "exchanged"]
 
 
+_LONE = 0.1
+"""Of one near neighbour's weight."""
+
+
 class Exchanged(NamedTuple):
     """Charges [n] (e) that atoms have after they have exchanged some with neighbours, and their moment [b, 3] (e Å)."""
 
@@ -22,15 +26,18 @@ class Exchanged(NamedTuple):
 
 
 def exchanged(cutoff: float, latent: Tensor, index: Tensor, vectors: Tensor, batch: Tensor, count: int) -> Exchanged:
-    """What ``latent`` [n] makes of charges: t_ij = w(r_ij) (c_i − c_j) goes from j to i, q_i = Σ_j t_ij.
+    """What ``latent`` [n] makes of charges: every atom spreads the opposite of its own over its neighbours.
 
-    w = (1 − r²/r_c²)³ within ``cutoff`` (Å). Every pair keeps what it has, so q adds up to 0 wherever there is
-    vacuum around, and the moment Σ q r = ½ Σ_ij t_ij (r_i − r_j) needs no origin and knows no cell: ``vectors`` [e, 3]
-    are r_j − r_i, ``index`` [2, e] has every pair both ways, ``batch`` [n] the structure of ``count`` of every atom.
+    t_ij = w_ij (c_i/W_i − c_j/W_j) goes from j to i with w = (1 − r²/r_c²)³ within ``cutoff`` (Å) and W_i = Σ_j w_ij
+    (plus a little, so that charges fade where an atom leaves all others); q_i = Σ_j t_ij. Every pair keeps what it has,
+    so what an atom does stays near it, and the moment Σ q r = ½ Σ_ij t_ij (r_i − r_j) needs no origin and knows no
+    cell: ``vectors`` [e, 3] are r_j − r_i, ``index`` [2, e] has every pair both ways, ``batch`` [n] the structure of
+    ``count`` of every atom.
     """
     i, j = index
     near = (1 - vectors.square().sum(1) / cutoff**2).clamp(min=0) ** 3
-    given = near * (latent[i] - latent[j])
+    spread = latent / (_LONE + torch.zeros_like(latent).index_add(0, i, near))
+    given = near * (spread[i] - spread[j])
     charges = torch.zeros_like(latent).index_add(0, i, given)
     moment = latent.new_zeros(count, 3).index_add(0, batch[i], -0.5 * given[:, None] * vectors)
     return Exchanged(charges, moment)

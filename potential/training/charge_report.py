@@ -101,7 +101,7 @@ def _compare(kind: str, both: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[s
             found["remark"] = "labels may be in other units: see units.polarizability"
         return found
     ours, labels = (np.concatenate([x.reshape(-1) for x in side]) for side in zip(*both, strict=True))
-    report = {
+    report: dict[str, Any] = {
         "rmse": float(np.sqrt(np.mean(np.square(ours - labels)))),
         "rms_label": float(np.sqrt(np.mean(np.square(labels)))),
     }

@@ -315,15 +315,7 @@ def test_positions_that_are_not_finite_stop_the_run(bad: float) -> None:
         evaluator().evaluate(h, wire(water())[1])
 
 
-UNAVAILABLE = {"short_range": [{"foundation": "mace:model.pt"}]}
 LINEAR = {"charges.model": "linear-qeq", "short_range": {"foundation": "qet:folder"}}
-
-
-@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in UNAVAILABLE.items() for value in values])
-def test_what_is_not_there_yet_is_refused_and_not_ignored(key: str, value: Any) -> None:
-    settings = load_settings(overrides={key: value})  # a valid key of the contract
-    with pytest.raises(InputError, match=f"{key}.* is not available in this version; use "):
-        Evaluator.from_settings(settings, water())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ the shipped model runs too.
 from __future__ import annotations
 
 import tempfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from voltpi.potential.shortrange.nequip import NequIP
 from voltpi.potential.shortrange.qet import LinearQEq
 from voltpi.potential.systems import Systems
 
+from random_mace import save_random_mace
 from random_qet import save_random_qet
 from structures import water_box, water_dimer
 
@@ -45,6 +47,15 @@ def foundation(name, package):
 def qet():
     with tempfile.TemporaryDirectory() as folder:
         return load_foundation(f"qet:{save_random_qet(Path(folder))}", precision="double")
+
+
+def mace():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the packages that mace imports
+        file = save_random_mace(Path(folder) / "mace.model")
+        model = load_foundation(f"mace:{file}", precision="double")
+    charges = PQEq(conserve="fragments", response="all", **TIGHT)
+    return Potential(model, charges, response_only=True, precision="double")
 
 
 def network(**options):
@@ -74,6 +85,7 @@ BUILDERS = {
     ),
     "sevennet-0": lambda: foundation("sevennet-0", "sevenn"),
     "chgnet": lambda: foundation("chgnet", "chgnet"),
+    "mace": mace,
     "qet": lambda: foundation(None, "matgl"),
     "linear-qeq": lambda: Potential(charges=LinearQEq(qet())),
 }

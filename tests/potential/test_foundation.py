@@ -20,6 +20,8 @@ from voltpi.potential.shortrange.foundation import load_foundation
 from voltpi.potential.shortrange.pair import BornMayerHuggins, PairPotential, read_set
 from voltpi.potential.systems import Systems
 
+from random_mace import random_mace, save_random_mace
+
 FIELD = np.array([0.02, -0.03, 0.05])
 TIGHT = {"accuracy": 1e-9, "tolerance": 1e-11, "shell_limit": 0.5}
 
@@ -182,7 +184,7 @@ def test_an_ase_calculator_in_a_slab():
         ("qet", "choose sevennet-0"),
         ("qet-matgl2:", "choose sevennet-0"),
         ("somebody", "choose sevennet-0"),
-        ("mace:model.pt", "mace is not available in this version"),
+        ("mace", "choose sevennet-0"),
         ("ase:module", "write ase:module:function"),
         ("ase:no_such_module:make", "No module named 'no_such_module'"),
         ("ase:ase.calculators.lj:nothing", "has no attribute 'nothing'"),
@@ -200,12 +202,14 @@ def test_what_is_no_calculator():
         load_foundation("ase:collections:OrderedDict")
 
 
-@pytest.mark.parametrize(("name", "package"), [("sevennet-0", "sevenn"), ("chgnet", "chgnet"), ("qet:x", "matgl")])
+@pytest.mark.parametrize(
+    ("name", "package"), [("sevennet-0", "sevenn"), ("chgnet", "chgnet"), ("qet:x", "matgl"), ("mace:x", "mace")]
+)
 def test_missing_package_names_the_extra(name, package, monkeypatch):
     for module in [m for m in sys.modules if m.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match=r"pip install 'voltpi\[(sevennet|chgnet|qet)\]'"):
+    with pytest.raises(InputError, match=r"pip install 'voltpi\[(sevennet|chgnet|qet|mace)\]'"):
         load_foundation(name)
 
 
@@ -282,3 +286,92 @@ def test_foundation_model_with_a_response(name):
     unknown.numbers[0] = 117
     with pytest.raises(InputError, match=f"{name} does not know Ts"):
         Potential(model, precision="double")(Systems.from_atoms(unknown))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [
+        ("double", {}),
+        ("mixed", {}),
+        (
+            "double",
+            {
+                "interaction": "RealAgnosticDensityInteractionBlock",
+                "pair_repulsion": True,
+                "distance_transform": "Agnesi",
+                "num_interactions": 1,
+            },
+        ),
+    ],
+)
+def test_mace_on_ten_structures(precision, options, tmp_path, monkeypatch):
+    file = save_random_mace(tmp_path / "mace.model", **options)
+    from mace.calculators import MACECalculator
+
+    model = load_foundation(f"mace:{file}", precision=precision)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # MACE's own calculator executes the file
+    kind = "float64" if precision == "double" else "float32"
+    calculator = MACECalculator(model_paths=str(file), device="cpu", default_dtype=kind)
+    frames = ten_structures()
+    answer = Potential(model, precision=precision)(Systems.from_atoms(frames))
+    near = 1e-9 if precision == "double" else 2e-5
+    first = 0
+    for k, atoms in enumerate(frames):
+        atoms.calc = calculator
+        here = slice(first, first + len(atoms))
+        first = here.stop
+        assert float(answer.energy[k]) == pytest.approx(atoms.get_potential_energy(), rel=1e-6)
+        np.testing.assert_allclose(answer.forces[here], atoms.get_forces(), atol=near)
+        if atoms.pbc.all():
+            stress = -answer.virial[k].numpy() / atoms.get_volume()
+            np.testing.assert_allclose(stress, atoms.get_stress(voigt=False), atol=near)
+
+
+class Harmful:
+    """What a pickle may do."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return eval, (self.command,)
+
+
+def test_nothing_in_a_mace_file_is_executed(tmp_path):
+    network = random_mace()
+    network.extra = Harmful(f"open({str(tmp_path / 'harm')!r}, 'w')")
+    torch.save(network, tmp_path / "mace.model")
+    model = load_foundation(f"mace:{tmp_path / 'mace.model'}", precision="double")
+    assert not (tmp_path / "harm").exists()
+    for key, value in model.network.state_dict().items():
+        assert torch.equal(value, network.state_dict()[key]), key
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mace_files_that_cannot_be(tmp_path):
+    network = random_mace(
+        heads=["one", "two"],
+        atomic_energies=np.ones((2, 13)),
+        atomic_inter_scale=[1.0, 1.0],
+        atomic_inter_shift=[0.0, 0.0],
+    )
+    torch.save(network, tmp_path / "heads.model")
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "linear.model")
+    torch.save({"weights": torch.ones(3)}, tmp_path / "state.model")
+    (tmp_path / "text.model").write_text("MACE")
+    torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "compiled.model")
+    network = random_mace()
+    network.products[0].linear.weight = torch.nn.Parameter(torch.ones(7))
+    torch.save(network, tmp_path / "other.model")
+    for name, said in {
+        "nothing": "there is no such file",
+        "heads": "has the heads one, two and none called default",
+        "linear": "holds a Linear",
+        "state": "holds a dict",
+        "text": "no model file as torch.save writes it",
+        "compiled": "is compiled",
+        "other": "1 of its tensors, as products.0.linear.weight",
+    }.items():
+        with pytest.raises(InputError, match=said):
+            load_foundation(f"mace:{tmp_path / name}.model")
