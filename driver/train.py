@@ -33,7 +33,7 @@ from voltpi.potential.training.charge_report import report_charges
 from voltpi.potential.training.dataset import Sample
 from voltpi.potential.training.evaluation import errors_by_group, evaluate_samples
 from voltpi.potential.training.freezing import freeze
-from voltpi.potential.training.latent import set_sign
+from voltpi.potential.training.latent import begin_charges, set_sign
 from voltpi.potential.training.references import reference_energies, subtract_references, summarize
 from voltpi.potential.training.storage import read_weights
 from voltpi.potential.training.trainer import Trainer
@@ -235,6 +235,8 @@ def _prepare(settings: TrainingSettings, say: Callable[[str], None], *, progress
             scale=summary.force_rms or 1.0,
             latent=latent is not None,
         )
+        if latent is not None:
+            begin_charges(network)
         references_sentence = ""
     else:
         network = start.short_range

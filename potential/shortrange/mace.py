@@ -186,7 +186,7 @@ def _read(path: str) -> Any:
         if any(name.endswith("constants.pkl") for name in archive.namelist()):
             raise InputError(f"{path}: is compiled (TorchScript); give the model file from which it was compiled")
     try:
-        reader = types.SimpleNamespace(Unpickler=_Unpickler)
+        reader = types.SimpleNamespace(Unpickler=_Unpickler, __name__=__name__)
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=reader)
     except Exception as error:
         raise InputError(f"{path}: cannot be read as a MACE model ({type(error).__name__}: {error})") from None

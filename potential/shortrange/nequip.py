@@ -41,7 +41,7 @@ __all__ = ["NequIP"]
 _EVEN_GAIN = 1.6765620560798837
 _ODD_GAIN = 1.5925386426301726
 _SWITCH_WIDTH = 0.5  # Å
-_LATENT_INIT = 0.1  # e, about the size of latent charges before training
+_LATENT_INIT = 0.02  # e, about the size of what the surroundings add to latent charges before training
 _RADIAL_INIT_VARIANCE = 4.0
 _SCALAR, _PSEUDOSCALAR = o3.Irrep("0e"), o3.Irrep("0o")
 
@@ -284,7 +284,8 @@ class NequIP(nn.Module):
     use_sc : self-connections by species.
     edge_sign : +1 (vectors from receiver to neighbour) or −1. With all-even irreps −1 gives the energy of the
         inverted structure.
-    latent : whether it gives latent charges too, by a second readout (one hidden layer, swish) of the last scalars.
+    latent : whether it gives latent charges too, by a second readout (one hidden layer, swish) of the last scalars, and
+        a charge by species, which trainings start from electronegativities (``training.latent.begin_charges``).
 
     Raises InputError where these cannot be right. Parameters are drawn from torch's global generator.
     """
@@ -363,6 +364,7 @@ class NequIP(nn.Module):
         self.readout = nn.ParameterList([torch.randn(scalars, scalars // 2), torch.randn(scalars // 2, 1)])
         self.latent_readout: nn.ParameterList | None = None
         if latent:
+            self.latent_shift = nn.Parameter(torch.zeros(n_species))
             last = _LATENT_INIT * torch.randn(scalars // 2, 1)
             self.latent_readout = nn.ParameterList([torch.randn(scalars, scalars // 2), last])
 
@@ -385,7 +387,7 @@ class NequIP(nn.Module):
         scalars = self.scalars(numbers, edge_index, vectors)
         hidden, last = self.latent_readout
         h = nn.functional.silu(scalars @ (hidden * hidden.shape[0] ** -0.5)) * _EVEN_GAIN
-        charges = (h @ (last * last.shape[0] ** -0.5)).squeeze(1)
+        charges = (h @ (last * last.shape[0] ** -0.5)).squeeze(1) + self.latent_shift[self.lookup[numbers]]
         return self.energies(numbers, scalars).to(vectors.dtype), charges.to(vectors.dtype)
 
     def energies(self, numbers: Tensor, scalars: Tensor) -> Tensor:

@@ -28,9 +28,10 @@ from voltpi.potential.systems import Systems
 if TYPE_CHECKING:
     from voltpi.potential.training.dataset import Sample
 
-__all__ = ["Interaction", "interaction", "long_range_of", "set_sign", "with_interactions"]
+__all__ = ["Interaction", "begin_charges", "interaction", "long_range_of", "set_sign", "with_interactions"]
 
 _STRAIN = 1e-4
+_CHARGE_PER_VOLT = 0.06  # e/V
 _MOST = 200  # samples of which the sign of the charges is judged
 
 
@@ -173,6 +174,20 @@ def _relaxed(bare: Tensor, part: Interaction) -> Tensor:
     return torch.linalg.solve(matrix, right)[:n]
 
 
+def begin_charges(network: NequIP) -> None:
+    """Lets a network's latent charges start from electronegativities, of the order of 0.2 e.
+
+    The energy of a molecule by itself is the same for −q, so charges that start at random may take one sign in some
+    molecules and the other in others, which nothing mends later.
+    """
+    assert network.latent_readout is not None
+    chi = _electronegativities()
+    known = torch.tensor([chi[z] for z in network.species if z], dtype=torch.float64)
+    with torch.no_grad():
+        for k, z in enumerate(network.species):
+            network.latent_shift[k] = -_CHARGE_PER_VOLT * float(chi[z] - known.mean()) if z else 0.0
+
+
 def set_sign(network: NequIP, samples: Sequence[Sample]) -> bool:
     """Gives the network's latent charges the sign that makes electronegative elements negative; whether it turned them.
 
@@ -181,7 +196,7 @@ def set_sign(network: NequIP, samples: Sequence[Sample]) -> bool:
     """
     if network.latent_readout is None or any(bool((s.systems.field != 0).any()) for s in samples):
         return False
-    chi = {atomic_numbers[symbol]: row.chi for symbol, row in read_parameters("default").items()}
+    chi = _electronegativities()
     first = next(network.parameters())
     slope = 0.0
     with torch.no_grad():
@@ -193,4 +208,10 @@ def set_sign(network: NequIP, samples: Sequence[Sample]) -> bool:
             slope += float((charges * (drawn - drawn.mean())).sum())
         if slope > 0:
             network.latent_readout[-1].neg_()
+            network.latent_shift.neg_()
     return slope > 0
+
+
+def _electronegativities() -> dict[int, float]:
+    """PQEq's χ (V) by atomic number."""
+    return {atomic_numbers[symbol]: row.chi for symbol, row in read_parameters("default").items()}

@@ -22,7 +22,7 @@ from voltpi.potential.shortrange.nequip import NequIP
 from voltpi.potential.shortrange.pair import ZBL, PairPotential
 from voltpi.potential.systems import Systems
 from voltpi.potential.training.dataset import Sample
-from voltpi.potential.training.latent import interaction, set_sign
+from voltpi.potential.training.latent import begin_charges, interaction, set_sign
 from voltpi.potential.training.loss import collate, pack, predict
 
 from structures import water_box, water_dimer
@@ -36,7 +36,7 @@ def network() -> NequIP:
     torch.manual_seed(3)
     out = NequIP([1, 8], hidden_irreps="8x0e+4x1o", layers=2, r_max=CUTOFF, n_neighbors=8, latent=True).double()
     with torch.no_grad():
-        out.latent_readout[1] *= 4  # charges of some 0.2 e
+        out.latent_readout[1] *= 20  # charges of some 0.2 e
     return out
 
 
@@ -485,6 +485,7 @@ def test_electronegative_elements_are_made_negative(network, first):
     turned.load_state_dict(network.state_dict())
     with torch.no_grad():
         turned.latent_readout[1] *= first
+        turned.latent_shift *= first
     taught = sample(potential, systems)  # in a field
     assert not set_sign(turned, [taught])
     changed = set_sign(turned, [sample(potential, free)])
@@ -493,6 +494,16 @@ def test_electronegative_elements_are_made_negative(network, first):
     assert answer.energy.item() == pytest.approx(potential(free).energy.item(), abs=1e-12)
     sign = torch.sign(potential(free).charges[free.numbers == 8].sum()).item()
     assert changed == (first * sign > 0)
+
+
+def test_charges_begin_from_electronegativities(network):
+    fresh = NequIP(**network.config)
+    begin_charges(fresh)
+    oxygen, hydrogen = (fresh.latent_shift[fresh.species.index(z)].item() for z in (8, 1))
+    assert -0.5 < oxygen < -0.05 < 0.05 < hydrogen < 0.5
+    _, systems = prepared(network, "open")
+    answer = Potential(fresh, LatentCharges())(systems)
+    assert answer.charges[systems.numbers == 8].max() < 0 < answer.charges[systems.numbers == 1].min()
 
 
 def test_latent_charges_count_among_electrodes_like_given_ones(network):
