@@ -54,6 +54,12 @@ def build_potential(settings: Settings) -> Potential:
             "model: water or charges.model: pqeq",
         )
     foundation = _foundation(settings)
+    if foundation is not None and settings.charges.net_charge and settings.charges.model not in ("none", "linear-qeq"):
+        raise settings.refusal(
+            "charges.net_charge",
+            f"charges.net_charge: {settings.charges.net_charge:g} is not available with a foundation model, whose "
+            "energy knows no charge; set it to 0",
+        )
     if settings.charges.model == "linear-qeq":  # these charges bring their energy along
         linear = _linear_qeq(settings, foundation)
         return Potential(None, linear, _dispersion(settings), precision=settings.precision).to(device)
@@ -369,6 +375,13 @@ def _from_checkpoint(settings: Settings, device: str) -> Potential:
             raise settings.refusal(
                 "electrodes", f"electrodes need charges but model {_name(settings)} has none; remove the electrodes"
             )
+    elif isinstance(charges, LatentCharges):
+        for key in ("limiter", "shell_limit", "response", "carried", "values", "width"):
+            if f"charges.{key}" in given:
+                raise settings.refusal(
+                    f"charges.{key}",
+                    f"charges.{key} has no meaning with model {_name(settings)}, whose charges are latent; remove it",
+                )
     elif charges.response == "all" and settings.charges.carried != "auto":
         raise contradiction("charges.carried", "charges.response: all, where every charge feels the field")
     if given.get("charges.parameters", "default") != "default":

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from voltpi.driver.evaluator import BOHR, Evaluator
+from voltpi.driver.evaluator import BOHR, Evaluator, Result
 from voltpi.driver.settings import load_settings
 from voltpi.potential.checkpoints import save_potential
 from voltpi.potential.committee import LastLayers
@@ -84,24 +84,32 @@ def _electrodes(control: str, low: float, high: float) -> list[dict[str, Any]]:
 
 _SLAB = {"coulomb.boundary": "slab-z"}
 _VOLTAGE = {**_SLAB, "electrodes": _electrodes("potential", -0.5, 0.5)}
+_GROUNDED = {"electrodes": _electrodes("potential", 0.0, 0.0)}
+_EMPTY = {"electrodes": _electrodes("charge", 0.0, 0.0)}
+_SENT = {"BEC", "polarizability", "smallest_curvature", "energy_uncertainty", "electrode_capacitance"}
+_NO_FIELD = {"field": [0.0, 0.0, 0.0]}
 _CHARGE = {**_SLAB, "electrodes": _electrodes("charge", -0.1, 0.1)}
 
-SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "`field`, molecule": (_molecule, {"field": [0.0, 0.0, 0.05]}),
-    "`field`, periodic": (_cell, {"field": [0.0, 0.0, 0.05]}),
-    "`displacement`": (_cell, {"displacement": [None, None, 0.05]}),
-    "`field_under_strain: reduced`": (_cell, {"field": [0.0, 0.0, 0.05], "field_under_strain": "reduced"}),
-    "`charges.net_charge`": (_molecule, {"charges.net_charge": 1.0}),
-    "electrodes at potentials": (_plates, _VOLTAGE),
-    "electrodes at charges": (_plates, _CHARGE),
-    "`finite-field` cell": (_plates, {**_VOLTAGE, "coulomb.boundary": "finite-field-z"}),
-    "`output.uncertainty`": (_cell, {"output.uncertainty": "energy"}),
-    "`output.born_charges`": (_cell, {"output.born_charges": True}),
-    "`output.polarizability`": (_cell, {"output.polarizability": True}),
-    "`output.smallest_curvature`": (_cell, {"output.smallest_curvature": True}),
-    "`output.capacitance`": (_plates, {**_VOLTAGE, "output.capacitance": True}),
+SETTINGS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "`field`, molecule": (_molecule, {"field": [0.0, 0.05, 0.0]}, _NO_FIELD),
+    "`field`, periodic": (_cell, {"field": [0.0, 0.05, 0.0]}, _NO_FIELD),
+    "`displacement`": (_cell, {"displacement": [None, 0.05, None]}, {"displacement": None}),
+    "`field_under_strain: reduced`": (
+        _cell,
+        {"field": [0.0, 0.05, 0.0], "field_under_strain": "reduced"},
+        {**_NO_FIELD, "field_under_strain": "uniform"},
+    ),
+    "`charges.net_charge`": (_molecule, {"charges.net_charge": 1.0}, {"charges.net_charge": 0.0}),
+    "electrodes at potentials": (_plates, _VOLTAGE, _GROUNDED),
+    "electrodes at charges": (_plates, _CHARGE, _EMPTY),
+    "`finite-field` cell": (_plates, {**_VOLTAGE, "coulomb.boundary": "finite-field-z"}, _GROUNDED),
+    "`output.uncertainty`": (_cell, {"output.uncertainty": "energy"}, {}),
+    "`output.born_charges`": (_cell, {"output.born_charges": True}, {}),
+    "`output.polarizability`": (_cell, {"output.polarizability": True}, {}),
+    "`output.smallest_curvature`": (_cell, {"output.smallest_curvature": True}, {}),
+    "`output.capacitance`": (_plates, {**_VOLTAGE, "output.capacitance": True}, {}),
 }
-"""What is tried: a structure and the keys."""
+"""What is tried: a structure, the keys, and what to change for an answer that must be another (empty: an output)."""
 
 
 def _models(folder: Path) -> dict[str, dict[str, Any]]:
@@ -165,8 +173,24 @@ def _qet(folder: Path) -> Path:
     return folder
 
 
-def _tried(model: Mapping[str, Any], structure: Atoms, setting: Mapping[str, Any]) -> str:
-    """Empty where it goes through, else the sentence."""
+def _tried(model: Mapping[str, Any], structure: Atoms, setting: Mapping[str, Any], without: Mapping[str, Any]) -> str:
+    """Empty where it goes through and changes the energy or what is sent along, else the sentence."""
+    try:
+        result = _answer(model, structure, setting)
+    except VoltPIError as error:
+        return str(error)
+    if not np.isfinite(result.forces).all():
+        raise ArithmeticError(f"forces are not finite: {setting}")
+    if without:
+        other = _answer(model, structure, {**setting, **without})
+        if abs(result.energy - other.energy) < 1e-9:
+            raise ArithmeticError(f"{setting} is dropped by {model}: the energy does not know it")
+    elif not result.extras.keys() & _SENT:
+        raise ArithmeticError(f"{setting} is dropped by {model}: it is not sent along")
+    return ""
+
+
+def _answer(model: Mapping[str, Any], structure: Atoms, setting: Mapping[str, Any]) -> Result:
     keys = {**model, **setting}
     if "electrodes" in setting and "model" in model:
         keys["short_range.pair.lennard_jones"] = _LENNARD_JONES  # the walls of a model that knows no metal
@@ -174,14 +198,8 @@ def _tried(model: Mapping[str, Any], structure: Atoms, setting: Mapping[str, Any
         keys["electrodes"] = [{k: v for k, v in one.items() if k != "eta"} for one in setting["electrodes"]]
     total, fixed = setting.get("charges.net_charge", 0.0), model.get("charges.model") == "fixed"
     structure = _charged(structure, total, fixed)
-    try:
-        evaluator = Evaluator.from_settings(load_settings(overrides=keys), structure)
-        result = evaluator.evaluate(structure.cell.array.T[None] / BOHR, structure.positions[None] / BOHR)[0]
-    except VoltPIError as error:
-        return str(error)
-    if not np.isfinite(result.forces).all():
-        raise ArithmeticError(f"forces are not finite: {keys}")
-    return ""
+    evaluator = Evaluator.from_settings(load_settings(overrides=keys), structure)
+    return evaluator.evaluate(structure.cell.array.T[None] / BOHR, structure.positions[None] / BOHR)[0]
 
 
 def honoured(folder: Path) -> dict[str, dict[str, str]]:
@@ -189,8 +207,8 @@ def honoured(folder: Path) -> dict[str, dict[str, str]]:
     out: dict[str, dict[str, str]] = {}
     for name, model in _models(folder).items():
         out[name] = {}
-        for setting, (structure, keys) in SETTINGS.items():
-            sentence = _tried(model, structure(), keys)
+        for setting, (structure, keys, without) in SETTINGS.items():
+            sentence = _tried(model, structure(), keys, without)
             file = Path(str(model.get("model", ""))).stem
             out[name][setting] = sentence.replace(f"model {file}.safetensors", "the model")
     return out

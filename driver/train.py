@@ -274,15 +274,18 @@ def _latent(settings: TrainingSettings, start: Potential | None) -> LatentCharge
     if settings.charges.model != "latent":
         return None
     c, constant = settings.charges, settings.coulomb.coulomb_constant
-    return LatentCharges(
-        conserve=c.conserve,
-        sigma=c.sigma,
-        epsilon_infinity=c.epsilon_infinity,
-        relaxation=c.relaxation,
-        parameters=read_charge_parameters(c.parameters),
-        accuracy=settings.coulomb.accuracy,
-        coulomb_constant=COULOMB_CONSTANT if isinstance(constant, str) else constant,
-    )
+    try:
+        return LatentCharges(
+            conserve=c.conserve,
+            sigma=c.sigma,
+            epsilon_infinity=c.epsilon_infinity,
+            relaxation=c.relaxation,
+            parameters=read_charge_parameters(c.parameters),
+            accuracy=settings.coulomb.accuracy,
+            coulomb_constant=COULOMB_CONSTANT if isinstance(constant, str) else constant,
+        )
+    except InputError as error:
+        raise settings.refusal("charges.model", str(error)) from None
 
 
 def _references(settings: TrainingSettings, data: TrainingData, start: Potential | None) -> dict[str, dict[int, float]]:
@@ -356,14 +359,14 @@ def _finish(
     folder = path.parent
     if settings.reference_energies == "fit":
         task = _refitted(task, settings.ridge)
+    if task.latent is not None and set_sign(task.network, task.train):
+        say("latent charges turned: electronegative elements are negative (without fields, energies do not know)")
     validated = evaluate_samples(task.network, task.validation)
     errors = errors_by_group(validated)
     charges: Any = None if task.long_range is None else task.long_range.charges
     with_charges = Potential(charges=charges) if charges is not None else None
     if task.latent is not None:
         charges = task.latent
-        if set_sign(task.network, task.train):
-            say("latent charges turned: electronegative elements are negative (without fields, energies do not know)")
         with_charges = Potential(_copy(task.network), charges, precision="double")
     responses = {} if with_charges is None else report_charges(with_charges, task.validation)
     name = next(iter(task.references))

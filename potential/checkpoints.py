@@ -171,7 +171,7 @@ def load_potential(
             network.load_state_dict(state)
         except RuntimeError as error:
             raise InputError(
-                f"{path}: its tensors do not fit its own description ({str(error).splitlines()[0]})"
+                f"{path}: its tensors do not fit its own description ({' '.join(str(error).split()[:40])})"
             ) from None
     charges = description["charges"]
     dispersion = description["dispersion"]

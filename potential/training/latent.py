@@ -41,7 +41,7 @@ class Interaction(NamedTuple):
     potential [n, n] V/e · gradient [n, n, 3] of potential[i, j] with r_i, V/(e Å) · strain [n, n, 3, 3] its derivative
     with a symmetric strain, V/e, or None without a stress label · lever [n, 3] ∂M/∂q, Å · scale √ε∞ · field [3] V/Å ·
     group [n] and totals [groups] (e) of what the charges add up to · hardness [n] eV/e² where charges relax, else None
-    · exchanged: an empty tensor where charges are exchanged between neighbours (no shift, lever 0), else None
+    · exchanged: an empty tensor where charges are exchanged between neighbours (no shift), else None
     """
 
     potential: Tensor
@@ -90,7 +90,7 @@ def interaction(model: LatentCharges, systems: Systems, *, stress: bool = False)
         potential=potential,
         gradient=gradient,
         strain=strain,
-        lever=model.dipole_scale * whole_positions(systems),
+        lever=model.screening * whole_positions(systems),
         scale=scale,
         field=systems.field[0],
         group=group,
@@ -146,17 +146,18 @@ def long_range_of(latent: Tensor, interactions: tuple[Interaction, ...]) -> tupl
         counts = torch.zeros_like(part.totals).index_add(0, part.group, torch.ones_like(q))
         q = q + ((part.totals - sums) / counts)[part.group]
         bare, q = q, q if part.hardness is None else _relaxed(q, part)
-        energy = 0.5 * q @ (part.potential @ q) - (part.lever * part.field).sum(1) @ q
+        # of exchanged charges the network gives the moment, but for that of the net charge
+        seen = q if part.exchanged is None else (part.totals / counts)[part.group]
+        energy = 0.5 * q @ (part.potential @ q) - (part.lever * part.field).sum(1) @ seen
         if part.hardness is not None:
             energy = energy + 0.5 * (part.hardness * (q - bare).square()).sum()
         energies.append(energy)
-        held = part.scale if part.exchanged is None else 0.0  # else the moment itself is pulled
-        pull = held * part.field - torch.einsum("ijc,j->ic", part.gradient, q)
-        forces.append(q[:, None] * pull)
+        push = torch.einsum("ijc,j->ic", part.gradient, q)
+        forces.append(seen[:, None] * (part.scale * part.field) - q[:, None] * push)
         if part.strain is None:
             strains.append(latent.new_zeros(3, 3))
         else:
-            moment = (q[:, None] * part.lever).sum(0)
+            moment = (seen[:, None] * part.lever).sum(0)
             turned = part.field[:, None] * moment
             strains.append(0.5 * torch.einsum("i,ijab,j->ab", q, part.strain, q) - 0.5 * (turned + turned.T))
     return torch.stack(energies), torch.cat(forces), torch.stack(strains)
@@ -191,10 +192,10 @@ def begin_charges(network: NequIP) -> None:
 def set_sign(network: NequIP, samples: Sequence[Sample]) -> bool:
     """Gives the network's latent charges the sign that makes electronegative elements negative; whether it turned them.
 
-    Without fields the energy does not know it: −q has the energy of q. The charges of ``samples`` are compared with
-    PQEq's electronegativities; samples in a field have taught the sign, and then it stays.
+    Of neutral structures (and fragments) without a field the energy does not know it: −q has the energy of q. The
+    charges of ``samples`` are compared with PQEq's electronegativities; others have taught the sign, and then it stays.
     """
-    if network.latent_readout is None or any(bool((s.systems.field != 0).any()) for s in samples):
+    if network.latent_readout is None or any(_knows_sign(s) for s in samples):
         return False
     chi = _electronegativities()
     first = next(network.parameters())
@@ -210,6 +211,11 @@ def set_sign(network: NequIP, samples: Sequence[Sample]) -> bool:
             network.latent_readout[-1].neg_()
             network.latent_shift.neg_()
     return slope > 0
+
+
+def _knows_sign(sample: Sample) -> bool:
+    charged = sample.latent is not None and bool((sample.latent.totals != 0).any())
+    return charged or bool((sample.systems.net_charge != 0).any()) or bool((sample.systems.field != 0).any())
 
 
 def _electronegativities() -> dict[int, float]:

@@ -134,7 +134,8 @@ def test_a_field_on_a_label_needs_charges_within_fragments(tmp_path: Path, capsy
         ({"charges.sigma": 1.0}, "charges.sigma: 1.0 contradicts model water.safetensors, which was trained with 1.2"),
         ({"charges.conserve": "total"}, "charges.conserve: total contradicts model water.safetensors"),
         ({"charges.model": "pqeq"}, "charges.model: pqeq contradicts model water.safetensors"),
-        ({"charges.carried": "q"}, "charges.carried"),
+        ({"charges.carried": "q"}, "charges.carried has no meaning with model water.safetensors"),
+        ({"charges.limiter": "fene"}, "charges.limiter has no meaning with model water.safetensors"),
         ({"output.polarizability": True}, "output.polarizability: latent charges do not answer"),
     ],
 )

@@ -447,6 +447,20 @@ def test_what_is_trained_is_what_runs(network, mode):
         assert torch.allclose(-labelled.volume * answer.stress[1], virial, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "mode", ["open", "open, neighbors", "open, relaxing", "cell", "cell, neighbors", "cell, relaxing"]
+)
+def test_with_a_net_charge_too(network, mode):
+    """In a field where there is one; and then the energy knows the sign of the charges."""
+    potential, systems = prepared(network, mode)
+    systems = systems.replace(net_charge=torch.ones(1, dtype=torch.float64))
+    expected, labelled = potential(systems), sample(potential, systems)
+    answer = predict(network, pack(labelled, dtype=torch.float64), create_graph=False)
+    assert answer.energy.item() == pytest.approx(expected.energy.item(), abs=1e-10)
+    assert torch.allclose(answer.forces, expected.forces, atol=1e-10)
+    assert not set_sign(network, [labelled])
+
+
 @pytest.mark.parametrize("mode", ["open", "cell in a field", "cell in a field, relaxing", "cell in a field, neighbors"])
 def test_the_loss_has_an_exact_gradient(network, mode):
     potential, systems = prepared(network, mode)
