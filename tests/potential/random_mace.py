@@ -30,13 +30,13 @@ def random_mace(*, interaction: str = "RealAgnosticResidualInteractionBlock", **
         "num_elements": len(ELEMENTS),
         "hidden_irreps": Irreps("4x0e+4x1o"),
         "MLP_irreps": Irreps("4x0e"),
-        "atomic_energies": -1.0 - 0.1 * np.arange(len(ELEMENTS)),
+        "atomic_energies": -10.0 - np.arange(len(ELEMENTS)),
         "avg_num_neighbors": 8.0,
         "atomic_numbers": ELEMENTS,
         "correlation": 2,
         "gate": torch.nn.functional.silu,
         "radial_MLP": [8, 8],
-        "atomic_inter_scale": 1.3,
+        "atomic_inter_scale": 50.0,
         "atomic_inter_shift": 0.2,
     }
     standard = torch.get_default_dtype()
