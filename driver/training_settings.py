@@ -141,11 +141,15 @@ class Network(_Strict):
 
 
 class Weights(_Strict):
-    """Weights of the loss and, with ``kind: huber``, where it turns linear (eV/atom, eV/Å, eV/Å³)."""
+    """Weights of the loss and, with ``kind: huber``, where it turns linear (eV/atom, eV/Å, eV/Å³).
+
+    neutrality : of what latent charges lack to add up by themselves (1/e²)
+    """
 
     energy: Annotated[Number, Field(ge=0)] = 1.0
     forces: Annotated[Number, Field(ge=0)] = 10.0
     stress: Annotated[Number, Field(ge=0)] = 10.0
+    neutrality: Annotated[Number, Field(ge=0)] = 0.05
     kind: Literal["mse", "huber"] = "mse"
     huber_energy: Positive = 0.02
     huber_forces: Positive = 1.0
@@ -163,7 +167,8 @@ class Weights(_Strict):
     def build(self) -> Loss:
         """The loss."""
         huber = {f"huber_{k}": getattr(self, f"huber_{k}") for k in ("energy", "forces", "stress")}
-        return Loss(self.energy, self.forces, self.stress, **(huber if self.kind == "huber" else {}))
+        own = huber if self.kind == "huber" else {}
+        return Loss(self.energy, self.forces, self.stress, **own, neutrality=self.neutrality)
 
 
 class Training(_Strict):

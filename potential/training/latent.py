@@ -28,7 +28,15 @@ from voltpi.potential.systems import Systems
 if TYPE_CHECKING:
     from voltpi.potential.training.dataset import Sample
 
-__all__ = ["Interaction", "begin_charges", "interaction", "long_range_of", "set_sign", "with_interactions"]
+__all__ = [
+    "Interaction",
+    "LongRangePart",
+    "begin_charges",
+    "interaction",
+    "long_range_of",
+    "set_sign",
+    "with_interactions",
+]
 
 _STRAIN = 1e-4
 _CHARGE_PER_VOLT = 0.06  # e/V
@@ -129,12 +137,22 @@ def _columns(model: LatentCharges, systems: Systems) -> tuple[Tensor, Tensor]:
     return 0.5 * (potential + potential.T), gradient
 
 
-def long_range_of(latent: Tensor, interactions: tuple[Interaction, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Energy [b] (eV) of what a network gives as charges [n], forces [n, 3] (eV/Å) and ∂E/∂strain [b, 3, 3] (eV).
+class LongRangePart(NamedTuple):
+    """energy [b] (eV) · forces [n, 3] (eV/Å) and strain ∂E/∂strain [b, 3, 3] (eV) at fixed charges · excess [b] (e²):
+    what had to be shifted, Σ over groups of (sum − total)².
 
-    The last two at fixed charges; the energy carries the graph through which the charges' own change adds the rest.
+    The energy carries the graph through which the charges' own change adds the rest.
     """
-    energies, forces, strains = [], [], []
+
+    energy: Tensor
+    forces: Tensor
+    strain: Tensor
+    excess: Tensor
+
+
+def long_range_of(latent: Tensor, interactions: tuple[Interaction, ...]) -> LongRangePart:
+    """What a network's latent charges [n] do in a batch of structures."""
+    energies, forces, strains, excess = [], [], [], []
     first = 0
     for part in interactions:
         n = len(part.group)
@@ -143,6 +161,7 @@ def long_range_of(latent: Tensor, interactions: tuple[Interaction, ...]) -> tupl
         sums = torch.zeros_like(part.totals)
         if part.exchanged is None:
             sums = sums.index_add(0, part.group, q)
+        excess.append((sums - part.totals).square().sum() if part.exchanged is None else latent.new_zeros(()))
         counts = torch.zeros_like(part.totals).index_add(0, part.group, torch.ones_like(q))
         q = q + ((part.totals - sums) / counts)[part.group]
         bare, q = q, q if part.hardness is None else _relaxed(q, part)
@@ -160,7 +179,7 @@ def long_range_of(latent: Tensor, interactions: tuple[Interaction, ...]) -> tupl
             moment = (seen[:, None] * part.lever).sum(0)
             turned = part.field[:, None] * moment
             strains.append(0.5 * torch.einsum("i,ijab,j->ab", q, part.strain, q) - 0.5 * (turned + turned.T))
-    return torch.stack(energies), torch.cat(forces), torch.stack(strains)
+    return LongRangePart(torch.stack(energies), torch.cat(forces), torch.stack(strains), torch.stack(excess))
 
 
 def _relaxed(bare: Tensor, part: Interaction) -> Tensor:

@@ -43,11 +43,15 @@ class Batch(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """energy [b] eV · forces [n, 3] eV/Å · stress [b, 3, 3] eV/Å³ (zero where there is no label), or None."""
+    """energy [b] eV · forces [n, 3] eV/Å · stress [b, 3, 3] eV/Å³ (zero where there is no label), or None.
+
+    excess [b] e²: by how much latent charges did not add up by themselves, Σ over groups of (sum − total)², or None.
+    """
 
     energy: Tensor
     forces: Tensor
     stress: Tensor | None
+    excess: Tensor | None = None
 
     def detach(self) -> Prediction:
         """The numbers alone."""
@@ -125,6 +129,7 @@ def predict(network: nn.Module, batch: Batch, *, create_graph: bool) -> Predicti
     """
     vectors = batch.vectors.detach().requires_grad_()
     forces, strained = torch.zeros_like(batch.forces), torch.zeros_like(batch.stress)
+    excess: Tensor | None = None
     if batch.latent:
         assert isinstance(network, NequIP)
         atomic, charges = network.with_charges(batch.numbers, batch.edge_index, vectors)
@@ -132,7 +137,7 @@ def predict(network: nn.Module, batch: Batch, *, create_graph: bool) -> Predicti
         if batch.latent[0].exchanged is not None:
             edges, count = batch.edge_index, len(batch.energy)
             charges, moment = exchanged(network.cutoff, charges, edges, vectors, batch.structure, count)
-        coulomb, forces, strained = long_range_of(charges, batch.latent)
+        coulomb, forces, strained, excess = long_range_of(charges, batch.latent)
         if moment is not None:
             fields = torch.stack([x.scale * x.field for x in batch.latent])
             coulomb = coulomb - (fields * moment).sum(1)
@@ -149,7 +154,7 @@ def predict(network: nn.Module, batch: Batch, *, create_graph: bool) -> Predicti
         strained = strained.index_add(0, batch.structure[centre], products)
         per_volume = torch.where(batch.volume > 0, 1 / batch.volume.clamp(min=1e-12), 0.0)
         stress = 0.5 * (strained + strained.transpose(1, 2)) * per_volume[:, None, None]
-    answer = Prediction(energy, forces, stress)
+    answer = Prediction(energy, forces, stress, excess)
     return answer if create_graph else answer.detach()
 
 
@@ -165,6 +170,8 @@ class Loss:
     Attributes
     ----------
     energy, forces, stress : weights of the terms, 1/(eV/atom)², 1/(eV/Å)² and 1/(eV/Å³)²
+    neutrality : weight of the mean ``excess`` of latent charges, 1/e²: what is shifted over the whole structure moves
+        charge from one end to the other, which Born charges should not see
     huber_energy, huber_forces, huber_stress : thresholds in eV/atom, eV/Å and eV/Å³, or None
     """
 
@@ -174,6 +181,7 @@ class Loss:
     huber_energy: float | None = None
     huber_forces: float | None = None
     huber_stress: float | None = None
+    neutrality: float = 0.0
 
     def __call__(self, answer: Prediction, batch: Batch, counts: tuple[int, int, int] | None = None) -> Tensor:
         """Scalar loss of a prediction; ``counts`` (see :meth:`counts`) of the batch that this one is a part of."""
@@ -188,6 +196,8 @@ class Loss:
             stress_error = (answer.stress - batch.stress).square().sum(dim=(1, 2))
             stress_term = (batch.weight * _huber(stress_error, self.huber_stress)).sum() / (9 * max(stressed, 1))
             total = total + self.stress * stress_term
+        if answer.excess is not None and self.neutrality:
+            total = total + self.neutrality * (batch.weight * answer.excess).sum() / structures
         return total
 
     @staticmethod

@@ -23,7 +23,7 @@ from voltpi.potential.shortrange.pair import ZBL, PairPotential
 from voltpi.potential.systems import Systems
 from voltpi.potential.training.dataset import Sample
 from voltpi.potential.training.latent import begin_charges, interaction, set_sign
-from voltpi.potential.training.loss import collate, pack, predict
+from voltpi.potential.training.loss import Loss, collate, pack, predict
 
 from structures import water_box, water_dimer
 
@@ -508,6 +508,21 @@ def test_electronegative_elements_are_made_negative(network, first):
     assert answer.energy.item() == pytest.approx(potential(free).energy.item(), abs=1e-12)
     sign = torch.sign(potential(free).charges[free.numbers == 8].sum()).item()
     assert changed == (first * sign > 0)
+
+
+@pytest.mark.parametrize("mode", ["open", "cell in a field", "open, neighbors"])
+def test_what_does_not_add_up_by_itself_is_in_the_loss(network, mode):
+    potential, systems = prepared(network, mode)
+    labelled = sample(potential, systems)
+    batch = pack(labelled, dtype=torch.float64)
+    raw = network.with_charges(systems.numbers, labelled.edge_index, labelled.vectors)[1].detach()
+    group = systems.fragments if "field" in mode else torch.zeros_like(systems.batch)
+    sums = torch.zeros(int(group.max()) + 1, dtype=torch.float64).index_add_(0, group, raw)
+    expected = 0.0 if "neighbors" in mode else sums.square().sum().item()
+    answer = predict(network, batch, create_graph=True)
+    assert answer.excess.item() == pytest.approx(expected, rel=1e-12)
+    added = Loss(neutrality=0.3)(answer, batch) - Loss()(answer, batch)
+    assert added.item() == pytest.approx(0.3 * expected, rel=1e-9, abs=1e-12)
 
 
 def test_charges_begin_from_electronegativities(network):
