@@ -60,7 +60,7 @@ def test_batches_equal_single_structures(samples: list[Sample]) -> None:
     network = TinyNetwork().double()
     packed = [pack(s, dtype=torch.float64) for s in samples[:3]]
     single = [predict(network, p, create_graph=False) for p in packed]
-    energy, forces, _ = predict(network, collate(packed), create_graph=False)
+    energy, forces, *_ = predict(network, collate(packed), create_graph=False)
     torch.testing.assert_close(energy, torch.cat([s.energy for s in single]))
     torch.testing.assert_close(forces, torch.cat([s.forces for s in single]))
     assert [len(b.energy) for b in by_atoms(packed, 12)] == [2, 1]
@@ -186,7 +186,7 @@ def test_overfits_two_frames(samples: list[Sample], tmp_path: Path) -> None:
     teacher = TinyNetwork(seed=5).double()
     labelled = []
     for sample in samples[:3]:
-        energy, forces, _ = predict(teacher, pack(sample, dtype=torch.float64), create_graph=False)
+        energy, forces, *_ = predict(teacher, pack(sample, dtype=torch.float64), create_graph=False)
         labelled.append(replace(sample, energy=float(energy), forces=forces))
     config = replace(QUICK, epochs=250, validate_every=50)
     run = Trainer(TinyNetwork(), labelled[:2], labelled[2:], config, tmp_path / "run", progress=False)
