@@ -7,6 +7,7 @@ from pathlib import Path
 
 from voltpi.driver.build import build_potential
 from voltpi.driver.settings import load_settings
+from voltpi.potential.electrostatics.latent import LatentCharges
 from voltpi.potential.errors import InputError
 
 __all__ = ["export_model"]
@@ -36,6 +37,11 @@ def export_model(model: str, to: str, output: Path, assignments: Sequence[str]) 
                 f"exported model computes none; remove it ({', '.join(_KEPT[1:])} can be set)",
             )
     potential = build_potential(settings)
+    if isinstance(potential.charges, LatentCharges):
+        raise InputError(
+            f"model {Path(model).name} has latent charges, which cannot be exported yet: export a model whose charges "
+            "are PQEq's"
+        )
     try:
         from voltpi.potential.export.metatomic import export_metatomic
     except ImportError as error:

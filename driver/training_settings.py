@@ -323,6 +323,8 @@ class TrainingSettings(_Strict):
         if self.charges.model not in ("pqeq", "qeq", "latent", "none"):
             known = "pqeq, qeq, latent or none"
             out.append(("charges.model", f"charges.model: {self.charges.model} cannot be trained with; use {known}"))
+        if self.charges.fit is not None and self.charges.model not in ("pqeq", "qeq", "none"):
+            out.append(("charges.fit", f"charges.fit is for pqeq and qeq, not {self.charges.model}; remove it"))
         if self.coulomb.method == "taper":
             out.append(("coulomb.method", "coulomb.method: taper cannot be trained with; use auto"))
         return out

@@ -105,6 +105,7 @@ def test_born_charges_are_compared_with_labels(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"charges.response": "all"}, "charges.response has no meaning with charges.model: latent"),
+        ({"charges.fit": {}}, "charges.fit is for pqeq and qeq, not latent"),
         ({"charges.limiter": "none"}, "charges.limiter has no meaning with charges.model: latent"),
         ({"charges.parameters": "own.csv"}, "charges.parameters has no meaning with charges.model: latent"),
         ({"charges.sigma": 0.0}, "charges.sigma is 0"),
@@ -159,6 +160,11 @@ def test_the_permittivity_may_be_chosen_for_a_run(trained: Path) -> None:
         evaluator = Evaluator.from_settings(settings, atoms)
         dipoles.append(evaluator.potential(evaluator.prepared).dipole[0].numpy())
     assert dipoles[1] == pytest.approx(2 * dipoles[0], abs=1e-10)
+
+
+def test_export_says_what_it_cannot_export(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(capsys, "export", model_of(trained), "--output", str(trained / "model.pt"))
+    assert "water.safetensors has latent charges, which cannot be exported" in error
 
 
 def test_latent_charges_need_a_model() -> None:

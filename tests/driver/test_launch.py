@@ -87,8 +87,10 @@ def test_a_run_with_two_drivers(tmp_path, toys, reference, capfd):
     out = capfd.readouterr().out
     assert "in.xml: 10 steps in" in out
     assert re.search(r"done: 10 steps in [0-9.]+ s; last: conserved .*, temperature .* kelvin, potential", out)
-    for name in ("run.i-pi.log", "run.driver-1.log", "run.driver-2.log", "run.run.json", "RESTART"):
+    for name in ("run.i-pi.log", "run.run.json", "RESTART"):
         assert (tmp_path / name).stat().st_size > 0
+    # on a busy machine one driver may have done all before the other has started
+    assert sum((tmp_path / f"run.driver-{k}.log").stat().st_size for k in (1, 2)) > 0
 
 
 def test_tcp(tmp_path, toys, reference):

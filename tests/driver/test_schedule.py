@@ -228,6 +228,7 @@ def test_a_killed_run_goes_on_at_the_same_time(tmp_path: Path, whole: Path, forc
     run = subprocess.Popen([sys.executable, "-m", "voltpi.driver.cli", "run", str(xml), "--quiet"])
     assert until(lambda: rows(tmp_path) > 9)
     ipi = next(child for child in _children(run.pid) if "i-pi" in Path(f"/proc/{child}/cmdline").read_text())
+    assert until(lambda: _stopped_with_checkpoint(ipi, tmp_path / "run.chk"))
     os.kill(ipi, signal.SIGKILL)
     assert run.wait(LIMIT) == 1
     again = tmp_path / "again.xml"
@@ -241,6 +242,15 @@ def test_a_killed_run_goes_on_at_the_same_time(tmp_path: Path, whole: Path, forc
     expected, found = (np.loadtxt(folder / "run.out") for folder in (whole, tmp_path))
     # not bit by bit: the solution of the charges starts from elsewhere
     np.testing.assert_allclose(found, expected[first + 1 :], rtol=1e-9, atol=1e-9)
+
+
+def _stopped_with_checkpoint(pid: int, checkpoint: Path) -> bool:
+    """Stops i-PI where it is not just writing its checkpoint, which it does in place."""
+    os.kill(pid, signal.SIGSTOP)
+    if checkpoint.read_text().rstrip().endswith("</simulation>"):
+        return True
+    os.kill(pid, signal.SIGCONT)
+    return False
 
 
 def _children(pid: int) -> list[int]:
