@@ -350,22 +350,28 @@ class Potential:
 
             born = add_charge_motion(model, systems, solved, moved)
             solved = dataclasses.replace(solved, born_charges=born)
-        return (solved, derivatives) if read.moment is None else self._with_moment(solved, read, atoms, derivatives)
+        if read.moment is None:
+            return solved, derivatives
+        assert systems.carried is not None
+        net = systems.carried[atoms] - read.charges  # what is not exchanged
+        return self._with_moment(solved, read, atoms, net, derivatives)
 
     def _with_moment(
-        self, solved: PQEqSolution, read: LatentPass, atoms: Tensor, derivatives: tuple[Tensor, Tensor]
+        self, solved: PQEqSolution, read: LatentPass, atoms: Tensor, net: Tensor, derivatives: tuple[Tensor, Tensor]
     ) -> tuple[PQEqSolution, tuple[Tensor, Tensor]]:
-        """The same with what a field does to the moment of exchanged charges, which the network gives."""
+        """The same with what a field does to the moment of exchanged charges, which the network gives.
+
+        ``net`` [m] (e) : what every atom has of the net charge.
+        """
         model = self.charges
         assert isinstance(model, LatentCharges)
         assert read.moment is not None
         systems, scale = read.systems, model.screening
-        net = systems.net_charge / torch.bincount(systems.batch, minlength=systems.n_systems)  # on every atom
-        spread = torch.zeros_like(systems.field).index_add_(0, systems.batch, systems.positions)
-        moment = scale * (read.moment + net[:, None] * spread)
+        spread = torch.zeros_like(systems.field).index_add_(0, systems.batch, net[:, None] * systems.positions)
+        moment = scale * (read.moment + spread)
         field = -(solved.field * moment).sum(1)
         gradient = read.pulled_moment(-scale * solved.field)
-        own = (scale * net[:, None] * solved.field)[systems.batch]
+        own = scale * net[:, None] * solved.field[systems.batch]
         forces = derivatives[0] - read.on_atoms(gradient) + own
         virial = derivatives[1].index_add(
             0, systems.batch[read.pairs.index[0]], -gradient[:, :, None] * read.pairs.vectors[:, None, :]
@@ -377,7 +383,7 @@ class Potential:
                 axis = torch.zeros_like(systems.field)
                 axis[:, a] = scale
                 change = read.on_atoms(read.pulled_moment(axis))
-                change[:, a] += scale * net[systems.batch]
+                change[:, a] += scale * net
                 born[:, a] = born[:, a].index_add(0, atoms, change)
         return (
             dataclasses.replace(

@@ -36,7 +36,7 @@ from voltpi.potential.electrostatics.pqeq import ElementParameters, FixedCharges
 from voltpi.potential.errors import InputError
 from voltpi.potential.systems import Systems
 
-__all__ = ["LatentCharges", "add_charge_motion"]
+__all__ = ["LatentCharges", "add_charge_motion", "even_shift"]
 
 
 @dataclass
@@ -127,9 +127,12 @@ class LatentCharges(FixedCharges):
         ):
             if given:
                 raise InputError(f"{key} is not available with charges.conserve: neighbors; remove it")
-        charged = bool((system.net_charge[(system.field != 0).any(1)] != 0).any())
-        if charged and bool(system.pbc.any()):
-            raise InputError("a field would pull a periodic structure with a net charge: set charges.net_charge to 0")
+        along = (torch.einsum("bij,bj->bi", system.cell, system.field).abs() > 1e-12) & system.pbc
+        if bool((system.net_charge[along.any(1)] != 0).any()):
+            raise InputError(
+                "a field along a periodic direction would pull a structure with a net charge without end: set "
+                "charges.net_charge to 0, or that component to 0"
+            )
 
     @property
     def _flows_as(self) -> tuple[str, str, str]:
@@ -195,11 +198,9 @@ class LatentCharges(FixedCharges):
         group, totals = self.groups(system)
         kept = self._electrolyte(system)
         latent = torch.where(kept, latent, 0.0)
-        sums = torch.zeros_like(totals).index_add_(0, group, latent)
-        if self.exchanges:  # what adds up already; the network does not exchange with electrodes
-            sums = torch.zeros_like(sums)
-        counts = torch.zeros_like(totals).index_add_(0, group, kept.to(totals.dtype)).clamp(min=1)
-        return torch.where(kept, latent + ((totals - sums) / counts)[group], 0.0)
+        # what is exchanged adds up already
+        shift = even_shift(torch.zeros_like(latent) if self.exchanges else latent, group, totals, kept)
+        return torch.where(kept, latent + shift, 0.0)
 
     def groups(self, system: Systems) -> tuple[Tensor, Tensor]:
         """Group of every atom [n] and what its charges add up to [groups]. Raises InputError as ``constrained``."""
@@ -217,6 +218,17 @@ class LatentCharges(FixedCharges):
         if system.fragment_charges is not None:
             neutral = neutral.replace(fragment_charges=torch.zeros_like(system.fragment_charges))
         return self.constrained(neutral, gradient)
+
+
+def even_shift(charges: Tensor, group: Tensor, totals: Tensor, kept: Tensor | None = None) -> Tensor:
+    """What every atom [n] (e) gets for ``charges`` [n] to add up to ``totals`` [groups] in every ``group`` [n].
+
+    ``kept`` [n] : which atoms share; all by default.
+    """
+    sharing = torch.ones_like(charges) if kept is None else kept.to(charges.dtype)
+    sums = torch.zeros_like(totals).index_add(0, group, charges)
+    counts = torch.zeros_like(totals).index_add(0, group, sharing).clamp(min=1)
+    return ((totals - sums) / counts)[group] * sharing
 
 
 def add_charge_motion(

@@ -62,9 +62,13 @@ class LatentPass:
         self._moment: Tensor | None = None
         self.moment: Tensor | None = None
         if exchange:
+            index, vectors = pairs.index, self._vectors
             with torch.enable_grad():
+                if systems.electrode is not None:  # the charge of electrodes is their own
+                    among = (systems.electrode[index] < 0).all(0)
+                    index, vectors = index[:, among], vectors[among]
                 self._charges, self._moment = exchanged(
-                    network.cutoff, self._charges, pairs.index, self._vectors, systems.batch, systems.n_systems
+                    network.cutoff, self._charges, index, vectors, systems.batch, systems.n_systems
                 )
             self.moment = self._moment.detach().to(torch.float64)
         self.charges = self._charges.detach().to(torch.float64)

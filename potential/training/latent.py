@@ -18,7 +18,7 @@ from rich.progress import track
 from torch import Tensor
 
 from voltpi.potential.electrostatics.ewald import CoulombOperator
-from voltpi.potential.electrostatics.latent import LatentCharges
+from voltpi.potential.electrostatics.latent import LatentCharges, even_shift
 from voltpi.potential.electrostatics.pqeq import read_parameters
 from voltpi.potential.errors import VoltPIError
 from voltpi.potential.fragments import assign_fragments, whole_positions
@@ -77,7 +77,8 @@ def interaction(model: LatentCharges, systems: Systems, *, stress: bool = False)
     if model.conserve == "fragments" and systems.fragments is None:
         systems = assign_fragments(systems)
     model.check_field(systems)
-    potential, gradient = _columns(model, systems)
+    operator = _operator(model, systems)
+    potential = operator.charge_matrix()
     strain = None
     if stress:
         strain = torch.zeros(*potential.shape, 3, 3, dtype=torch.float64)
@@ -88,15 +89,14 @@ def interaction(model: LatentCharges, systems: Systems, *, stress: bool = False)
                     by = torch.eye(3, dtype=torch.float64)
                     by[a, b] += 0.5 * sign * _STRAIN
                     by[b, a] += 0.5 * sign * _STRAIN
-                    ends.append(
-                        _columns(model, systems.replace(positions=systems.positions @ by, cell=systems.cell @ by))[0]
-                    )
+                    strained = systems.replace(positions=systems.positions @ by, cell=systems.cell @ by)
+                    ends.append(_operator(model, strained).charge_matrix())
                 strain[:, :, a, b] = strain[:, :, b, a] = (ends[0] - ends[1]) / (2 * _STRAIN)
     group, totals = model.groups(systems)
     scale = torch.tensor(model.screening, dtype=torch.float64)
     return Interaction(
         potential=potential,
-        gradient=gradient,
+        gradient=_gradient(operator),
         strain=strain,
         lever=model.screening * whole_positions(systems),
         scale=scale,
@@ -120,21 +120,23 @@ def with_interactions(samples: Sequence[Sample], model: LatentCharges, *, progre
     return out
 
 
-def _columns(model: LatentCharges, systems: Systems) -> tuple[Tensor, Tensor]:
-    n = systems.n_atoms
-    table = model.tensors(systems.replace(carried=torch.zeros(n, dtype=torch.float64)))
-    operator = CoulombOperator(
+def _operator(model: LatentCharges, systems: Systems) -> CoulombOperator:
+    table = model.tensors(systems.replace(carried=torch.zeros_like(systems.positions[:, 0])))
+    return CoulombOperator(
         systems, table["alpha"], -table["Z"], accuracy=model.accuracy, k_e=model.coulomb_constant, cache=model.kernels
     )
-    potential = torch.zeros(n, n, dtype=torch.float64)
+
+
+def _gradient(operator: CoulombOperator) -> Tensor:
+    """[n, n, 3] of the charge matrix with the position of its row, column by column."""
+    n = operator.n_atoms
     gradient = torch.zeros(n, n, 3, dtype=torch.float64)
     one, shells = torch.zeros(n, dtype=torch.float64), torch.zeros(n, 3, dtype=torch.float64)
     for j in range(n):
         one[j] = 1.0
-        state = operator.at(one, shells)
-        potential[:, j], gradient[:, j] = state.potential[0], state.core_gradient
+        gradient[:, j] = operator.at(one, shells).core_gradient
         one[j] = 0.0
-    return 0.5 * (potential + potential.T), gradient
+    return gradient
 
 
 class LongRangePart(NamedTuple):
@@ -158,15 +160,13 @@ def long_range_of(latent: Tensor, interactions: tuple[Interaction, ...]) -> Long
         n = len(part.group)
         q = latent[first : first + n]
         first += n
-        sums = torch.zeros_like(part.totals)
-        if part.exchanged is None:
-            sums = sums.index_add(0, part.group, q)
-        excess.append((sums - part.totals).square().sum() if part.exchanged is None else latent.new_zeros(()))
-        counts = torch.zeros_like(part.totals).index_add(0, part.group, torch.ones_like(q))
-        q = q + ((part.totals - sums) / counts)[part.group]
+        shift = even_shift(q if part.exchanged is None else torch.zeros_like(q), part.group, part.totals)
+        missing = torch.zeros_like(part.totals).index_add(0, part.group, shift)
+        excess.append(missing.square().sum() if part.exchanged is None else latent.new_zeros(()))
+        q = q + shift
         bare, q = q, q if part.hardness is None else _relaxed(q, part)
         # of exchanged charges the network gives the moment, but for that of the net charge
-        seen = q if part.exchanged is None else (part.totals / counts)[part.group]
+        seen = q if part.exchanged is None else shift
         energy = 0.5 * q @ (part.potential @ q) - (part.lever * part.field).sum(1) @ seen
         if part.hardness is not None:
             energy = energy + 0.5 * (part.hardness * (q - bare).square()).sum()

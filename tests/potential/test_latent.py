@@ -179,6 +179,23 @@ def test_born_charges_between_electrodes_are_forces_per_field(network, mode):
     assert torch.allclose(born, (up - down) / 0.02, atol=1e-8)
 
 
+def test_electrodes_that_the_network_knows_keep_their_charge(network):
+    """No walls: the network sees the metal, but exchanges charge and spreads the net charge among the rest only."""
+    torch.manual_seed(5)
+    knowing = NequIP([1, 8, 79], hidden_irreps="8x0e+4x1o", layers=2, r_max=5.0, n_neighbors=8, latent=True).double()
+    with torch.no_grad():
+        knowing.latent_readout[1] *= 20
+    charges = LatentCharges(conserve="neighbors", accuracy=1e-10, tolerance=1e-11, electrodes=METALS)
+    potential = Potential(knowing, charges, precision="double")
+    systems = Systems.from_atoms(capacitor(), field=(0, 0, 0.1), net_charge=0.5)
+    systems = assign_electrodes(systems, METALS, [range(6, 10), range(10, 14)], (-0.6, 0.9))
+    answer, along = potential(potential.prepare(systems)), direction(systems)
+    assert answer.charges[:6].sum().item() == pytest.approx(0.5, abs=1e-12)
+    assert answer.charges.sum().item() == pytest.approx(0.5, abs=1e-9)
+    work = slope(lambda x: potential(systems.replace(positions=systems.positions + x * along)).energy.item(), 1e-3)
+    assert -float((answer.forces * along).sum()) == pytest.approx(work, rel=1e-7, abs=1e-8)
+
+
 def test_the_potential_difference_does_work_on_the_charges(network):
     """dΩ/dψ = −Q of the electrode."""
     potential, systems = prepared(network, "capacitor")
@@ -399,7 +416,7 @@ def test_what_cannot_be_is_refused(network):
         local(systems.replace(displacement=held, field=torch.zeros_like(held)))
     with pytest.raises(InputError, match="reduced is not available"):
         local(systems.replace(field_cell=systems.cell))
-    with pytest.raises(InputError, match="net charge: set charges"):
+    with pytest.raises(InputError, match="net charge without end: set charges"):
         local(systems.replace(net_charge=torch.ones(1, dtype=torch.float64)))
     with pytest.raises(InputError, match="total or fragments"):
         LatentCharges(relaxation=True, conserve="neighbors")
