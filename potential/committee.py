@@ -176,6 +176,7 @@ class LastLayers(Committee):
         """The mean, and all deviations but the last."""
         scalars = self.network.scalars(numbers, edge_index, vectors)
         mean = self.network.energies(numbers, scalars).to(vectors.dtype)
+        mean = self.network.with_repulsion(mean, numbers, edge_index, vectors)
         return torch.cat([mean[None], read_scalars(self.network, numbers, scalars, self.deviations[:-1])])
 
     def combine(self, values: Tensor) -> tuple[Tensor, Tensor]:

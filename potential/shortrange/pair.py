@@ -37,6 +37,7 @@ __all__ = [
     "LennardJones",
     "PairPotential",
     "list_sets",
+    "nuclear_repulsion",
     "read_set",
 ]
 
@@ -67,7 +68,7 @@ class LJParameters(NamedTuple):
     sigma: float
 
 
-_Row = TypeVar("_Row", BMHParameters, LJParameters)
+_Row = TypeVar("_Row", BMHParameters, LJParameters, float)
 
 
 class PairPotential(nn.Module):
@@ -211,32 +212,66 @@ class ZBL(nn.Module):
     Littmark, The Stopping and Range of Ions in Solids (1985). It is still large where other terms already describe the
     repulsion (Na–Cl at 2.82 Å: 0.3 eV), so it is switched off smoothly (C²) from r = 0 to the sum of the covalent radii
     (Cordero et al., Dalton Trans. 2832 (2008)). Up to Cm, the last element with a radius.
+
+    ``reach`` : where it ends (Å) for pairs named like ``H-H``, and then for these alone; None: all pairs, as above.
+
+    Raises InputError for an unknown element, a pair that is there twice, and a distance that is not positive.
     """
 
     reach: Tensor
-    _amplitudes = (0.18175, 0.50986, 0.28022, 0.02817)
-    _exponents = (3.19980, 0.94229, 0.40290, 0.20162)
-    _screening = 0.46850  # Å, 0.8854 a_0
+    amplitudes = (0.18175, 0.50986, 0.28022, 0.02817)
+    exponents = (3.19980, 0.94229, 0.40290, 0.20162)
+    screening = 0.46850  # Å, 0.8854 a_0
 
-    def __init__(self) -> None:
+    def __init__(self, reach: Mapping[str, float] | None = None) -> None:
         super().__init__()
-        radii = torch.tensor(covalent_radii[:_N_ELEMENTS], dtype=torch.float64)
-        reach = radii[:, None] + radii
-        reach[0], reach[:, 0] = 0.0, 0.0
-        reach[_LAST_RADIUS + 1 :], reach[:, _LAST_RADIUS + 1 :] = 0.0, 0.0
-        self.register_buffer("reach", reach, persistent=False)
+        if reach is None:
+            radii = torch.tensor(covalent_radii[:_N_ELEMENTS], dtype=torch.float64)
+            ends = radii[:, None] + radii
+            ends[0], ends[:, 0] = 0.0, 0.0
+            ends[_LAST_RADIUS + 1 :], ends[:, _LAST_RADIUS + 1 :] = 0.0, 0.0
+        else:
+            ends = _empty_tables(1)[0]
+            for (i, j), (name, end) in _by_numbers(reach).items():
+                if not (math.isfinite(end) and end > 0):
+                    raise InputError(f"the repulsion of {name} ends at {end} Å: give a positive number")
+                _put(ends, i, j, float(end))
+        self.register_buffer("reach", ends, persistent=False)
+
+    def atomic(self, numbers: Tensor, edge_index: Tensor, vectors: Tensor) -> Tensor:
+        """Atomic energies [n] (eV), half of each pair's energy to each of its atoms; arguments as of PairPotential."""
+        first, second = numbers[edge_index]
+        u = vectors.square().sum(-1)
+        here = (u < self.reach[first, second].square()).nonzero()[:, 0]
+        pair = self(first[here], second[here], u[here])
+        return vectors.new_zeros(len(numbers)).index_add(0, edge_index[0, here], 0.5 * pair.to(u.dtype))
 
     def forward(self, first: Tensor, second: Tensor, u: Tensor) -> Tensor:
         """Energies [e] (eV) of pairs of elements [e] at squared distances ``u`` [e] (Å²) within the reach."""
         r = u.sqrt()
         zi, zj = first.to(u.dtype), second.to(u.dtype)
-        x = r * (zi**0.23 + zj**0.23) / self._screening
+        x = r * (zi**0.23 + zj**0.23) / self.screening
         screened = sum(
             amplitude * torch.exp(-exponent * x)
-            for amplitude, exponent in zip(self._amplitudes, self._exponents, strict=True)
+            for amplitude, exponent in zip(self.amplitudes, self.exponents, strict=True)
         )
         switch, _, _ = smooth_switch(u / self.reach[first, second].square(), 0.0, 1.0)
         return COULOMB_CONSTANT * zi * zj / r * screened * switch
+
+
+def nuclear_repulsion(given: str | Mapping[str, float] | None, cutoff: float) -> ZBL | None:
+    """The ZBL term that a network's setting names: ``covalent``, where it ends (Å) by pair of elements, or None.
+
+    Raises InputError for another word, and for pairs that reach further than the network's ``cutoff`` (Å).
+    """
+    if given is None:
+        return None
+    if isinstance(given, str) and given != "covalent":
+        raise InputError(f"repulsion is '{given}': give covalent, distances by pair of elements, or none")
+    term = ZBL(None if isinstance(given, str) else given)
+    if not isinstance(given, str) and float(term.reach.max()) > cutoff:
+        raise InputError(f"repulsion ends at {float(term.reach.max()):g} Å, beyond r_max {cutoff:g}: let it end inside")
+    return term
 
 
 def list_sets() -> list[str]:

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from ase.data import chemical_symbols
+from torch import Tensor
 
 from voltpi.potential.errors import InputError
+from voltpi.potential.shortrange.pair import ZBL
 from voltpi.potential.training.dataset import Sample
 
 __all__ = ["Summary", "reference_energies", "subtract_references", "summarize"]
@@ -76,12 +79,23 @@ def subtract_references(samples: Sequence[Sample], references: Mapping[str, Mapp
     return result
 
 
-def summarize(samples: Sequence[Sample]) -> Summary:
-    """Elements, RMS of the target forces and average number of neighbours over all samples."""
+def summarize(samples: Sequence[Sample], repulsion: ZBL | None = None) -> Summary:
+    """Elements, RMS of the target forces without ``repulsion``, and average number of neighbours over all samples."""
     atoms = sum(s.systems.n_atoms for s in samples)
-    square = sum(float(s.forces.square().sum()) for s in samples)
+    square = sum(float(_without(s, repulsion).square().sum()) for s in samples)
     return Summary(
         species=tuple(sorted({int(z) for s in samples for z in s.systems.numbers.unique()})),
         force_rms=math.sqrt(square / (3 * atoms)),
         average_neighbors=sum(s.edge_index.shape[1] for s in samples) / atoms,
     )
+
+
+def _without(sample: Sample, repulsion: ZBL | None) -> Tensor:
+    """Target forces [n, 3] that a repulsion leaves to learn."""
+    if repulsion is None:
+        return sample.forces
+    vectors = sample.vectors.clone().requires_grad_()
+    energy = repulsion.atomic(sample.systems.numbers, sample.edge_index, vectors).sum()
+    (slope,) = torch.autograd.grad(energy, vectors)
+    centre, neighbour = sample.edge_index
+    return sample.forces.index_add(0, centre, slope, alpha=-1).index_add(0, neighbour, slope)

@@ -2,6 +2,10 @@
 
     python -m voltpi.potential.training.water DATA_FOLDER RUN_FOLDER [--hours 1.5] [--device cuda]
 
+The shipped one was trained first with fewer channels (``--hidden-irreps 32x0e+16x1o+8x2e --basis 8``), then widened and
+trained further (``--start MODEL --rate 2.5e-3``, :mod:`voltpi.potential.training.widening`). ``--charges none`` and
+``--charges qeq`` train the same network without PQEq and with charge equilibration without shells, for comparison.
+
 DATA_FOLDER holds ``efield_water_train.xyz``, ``efield_water_validation.xyz`` (FIREANN's water under fields: Zhang &
 Jiang, Nat. Commun. 14, 6424 (2023)) and ``water_rpbe_d3.xyz`` (liquid water, RPBE-D3, as distributed with LES). A run
 that was stopped (Ctrl-C) continues when the command is given again.
@@ -26,7 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +38,18 @@ import numpy as np
 import torch
 from ase import Atoms
 from rich.console import Console
-from scipy.optimize import least_squares
 from torch import Tensor
 
-from voltpi.potential.checkpoints import save_potential
+from voltpi.potential.checkpoints import load_potential, save_potential
 from voltpi.potential.dispersion import D3
 from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT, ElementParameters, PQEq, PQEqSolution
 from voltpi.potential.fragments import assign_fragments, whole_positions
 from voltpi.potential.model import Potential
 from voltpi.potential.shortrange.nequip import NequIP
+from voltpi.potential.shortrange.pair import nuclear_repulsion
 from voltpi.potential.systems import Systems
 from voltpi.potential.training.baseline import LongRange, load_dataset
+from voltpi.potential.training.charge_fit import TRAINABLE, ChargeFit, Target
 from voltpi.potential.training.config import TrainConfig
 from voltpi.potential.training.dataset import Sample, read_frames
 from voltpi.potential.training.labels import Source
@@ -52,13 +57,15 @@ from voltpi.potential.training.loss import Loss
 from voltpi.potential.training.references import reference_energies, subtract_references, summarize
 from voltpi.potential.training.splitting import split
 from voltpi.potential.training.trainer import Trainer
+from voltpi.potential.training.widening import widen
 
 NETWORK: dict[str, Any] = {
-    "hidden_irreps": "32x0e+16x1o+8x2e",
+    "hidden_irreps": "48x0e+24x1o+12x2e",
     "sh_irreps": "1x0e+1x1o+1x2e",
     "layers": 3,
     "r_max": 4.5,
-    "n_basis": 8,
+    "n_basis": 12,
+    "repulsion": {"H-H": 1.2},
 }
 FITTED = {
     "H": ElementParameters(4.72484, 46.946, 1.0, 0.49957, 1338.1),
@@ -69,10 +76,11 @@ FITTED = {
 From ``fit_charges`` on every 16th training frame with ``limiter: none`` and a slightly different prior; a repeat ends
 at other values of the same quality, since η, R and K make up for one another.
 """
-START = [12.0, 3.0, 3.2, -0.5, -0.6, 5.9, 7.0]
-"""χ_O − χ_H (eV) and the logarithms of η_O, η_H, R_O, R_H, K_O, K_H."""
-PRIOR = np.log([20.0, 20.0, 0.669, 0.371, 414.045, 2037.2])
-"""Where the fit is weakly held: the published R and K, and stiff charges."""
+START = {
+    "H": ElementParameters(4.72484, 20.0, 1.0, 0.371, 2037.2),
+    "O": ElementParameters(16.72484, 20.0, 1.0, 0.669, 414.045),
+}
+"""Where a fit starts: the published R and K, and stiff charges."""
 MEAN_CHARGE = 0.4275
 """e per O–H vector, the estimate of M that picks the branch of a dipole label."""
 EXTENSIVE = ("REF_dipole", "REF_polarizability")
@@ -112,36 +120,38 @@ def _solve(model: PQEq, atoms: Atoms) -> tuple[Systems, PQEqSolution]:
     return system, model.solve(system, born_charges=True, polarizability=True)
 
 
-def fit_charges(frames: Sequence[Atoms], console: Console) -> dict[str, ElementParameters]:
-    """χ, η, R, K of O and H from polarizability (diagonal), dipole (in plane) and Z*_xx = F_x/ε of reduced frames."""
-    start = np.array(START)
+def fit_charges(
+    frames: Sequence[Atoms], console: Console, *, shells: bool = True, steps: int = 60
+) -> dict[str, ElementParameters]:
+    """χ, η, R, K of O and H from polarizability (diagonal), dipole (in plane) and Z*_xx = F_x/ε of reduced frames.
 
-    def parameters(x: np.ndarray) -> dict[str, ElementParameters]:
-        eta_o, eta_h, r_o, r_h, k_o, k_h = np.exp(x[1:])
-        return {
-            "H": ElementParameters(4.72484, eta_h, 1.0, r_h, k_h),
-            "O": ElementParameters(4.72484 + x[0], eta_o, 1.0, r_o, k_o),
-        }
+    Without ``shells`` of χ, η and R alone (charge equilibration).
+    """
+    unknown = float("nan")
+    targets = []
+    for atoms in frames:
+        system = assign_fragments(Systems.from_atoms(atoms, field=atoms.info["electric_field"]))
+        born = np.full((len(atoms), 3, 3), unknown)
+        born[:, 0, 0] = atoms.arrays["REF_forces"][:, 0] / atoms.info["electric_field"][0]
+        alpha = np.full((3, 3), unknown)
+        np.fill_diagonal(alpha, np.diag(atoms.info["REF_polarizability"]) * COULOMB_CONSTANT)
+        dipole = _labelled_dipole(atoms, system)
+        dipole[0] = unknown
+        labels = {"born_charges": born, "polarizability": alpha, "dipole": dipole}
+        targets.append(Target(system, {k: torch.from_numpy(v) for k, v in labels.items()}, system.cell[0]))
+    model = charge_model(START if shells else without_shells(START))
+    trained = TRAINABLE if shells else [name for name in TRAINABLE if name != "K"]
+    fit = ChargeFit(model, targets, dict.fromkeys(labels, 1.0), trained=trained, prior=1e-5)
 
-    def residual(x: np.ndarray) -> np.ndarray:
-        model = charge_model(parameters(x))
-        out = [2.0 * (x[1:] - PRIOR)]
-        for atoms in frames:
-            system, answer = _solve(model, atoms)
-            assert answer.born_charges is not None
-            assert answer.polarizability is not None
-            born = (
-                answer.born_charges[:, 0, 0].numpy()
-                - atoms.arrays["REF_forces"][:, 0] / atoms.info["electric_field"][0]
-            )
-            alpha = answer.polarizability[0].numpy() / COULOMB_CONSTANT - np.asarray(atoms.info["REF_polarizability"])
-            dipole = answer.dipole[0].numpy() - _labelled_dipole(atoms, system)
-            out += [born / 0.03, np.diag(alpha) / 0.025, dipole[1:] / 0.05]
-        return np.concatenate(out)
+    def report(step: int, loss: float, errors: Mapping[str, float]) -> None:
+        console.print(f"charges, step {step}: loss {loss:.5f}, relative errors {dict(errors)}")
 
-    fit = least_squares(residual, start, diff_step=1e-3, x_scale=[1.0] + [0.2] * 6, max_nfev=14)
-    console.print(f"charges fitted: cost {fit.cost:.1f} after {fit.nfev} steps, {fit.message}")
-    return parameters(fit.x)
+    return fit.fit(steps=steps, report=report).table
+
+
+def without_shells(parameters: Mapping[str, ElementParameters]) -> dict[str, ElementParameters]:
+    """The same for charge equilibration."""
+    return {symbol: row._replace(Z=0.0) for symbol, row in parameters.items()}
 
 
 def charge_errors(model: PQEq, frames: Sequence[Atoms]) -> dict[str, float]:
@@ -210,14 +220,21 @@ def _card(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fit charges (with ``--fit-charges``), train, and write RUN_FOLDER/water.safetensors."""
+    """Train, and write RUN_FOLDER/water.safetensors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--hours", type=float, default=1.1)
+    parser.add_argument("--hours", type=float, default=1.55)
+    parser.add_argument("--epochs", type=int, help="end after so many, whatever the time")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--fit-charges", action="store_true", help="refit the PQEq parameters first (10 minutes)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--rate", type=float, default=5e-3, help="learning rate to begin with")
+    parser.add_argument("--hidden-irreps", default=NETWORK["hidden_irreps"])
+    parser.add_argument("--basis", type=int, default=NETWORK["n_basis"])
+    parser.add_argument("--start", help="a model whose network is widened and trained further")
+    parser.add_argument("--charges", choices=("pqeq", "qeq", "none"), default="pqeq")
+    parser.add_argument("--fit-charges", action="store_true", help="refit the charges first (qeq: always)")
     parser.add_argument("--export-only", action="store_true", help="write the model from the best weights so far")
     parser.add_argument(
         "--note", default="made by potential/training/water.py", help="how it was trained, for the card"
@@ -225,24 +242,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     console = Console()
-    parameters = FITTED
-    if options.fit_charges:
-        frames = read_frames(_field_source(options.data / "efield_water_train.xyz"))
-        parameters = fit_charges(frames[3::16], console)
-    baseline = LongRange(charge_model(parameters), D3("pbe", "zero"))
+    charges = _charges(options, console)
+    baseline = LongRange(charges, D3("pbe", "zero"))
     train, validation = _data(options.data, options.run / "cache", baseline)
     references = reference_energies(train)
     train, validation = subtract_references(train, references), subtract_references(validation, references)
-    summary = summarize(train)
-    torch.manual_seed(1)
-    network = NequIP([1, 8], **NETWORK, n_neighbors=summary.average_neighbors, scale=summary.force_rms)
+    network = _network(options, train)
     config = TrainConfig(
-        epochs=None,
-        max_seconds=3600 * options.hours,
-        batch_size=2,
+        epochs=options.epochs,
+        max_seconds=None if options.epochs else 3600 * options.hours,
+        batch_size=1,
         loss=Loss(energy=1000.0, forces=10.0, huber_energy=0.02, huber_forces=1.0),
-        learning_rate=5e-3,
-        ema_decay=0.998,
+        learning_rate=options.rate,
+        ema_decay=0.9995,
+        validate_every=4,
+        seed=options.seed,
         device=options.device,
         threads=options.threads,
     )
@@ -252,17 +266,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer.load_best()
     metrics = trainer.validate()
     labelled = read_frames(_field_source(options.data / "efield_water_validation.xyz"))
-    card = _card(
-        (train, validation), references, metrics, charge_errors(charge_model(parameters), labelled), options.note
-    )
-    potential = Potential(
-        network,
-        charge_model(parameters),
-        D3("pbe", "zero"),
-        reference_energies=references["efield-water"],
-    )
+    alone = {} if charges is None else charge_errors(charges, labelled)
+    card = _card((train, validation), references, metrics, alone, options.note)
+    potential = Potential(network, charges, D3("pbe", "zero"), reference_energies=references["efield-water"])
     save_potential(options.run / "water.safetensors", potential, card)
     console.print_json(json.dumps(card))
+
+
+def _charges(options: argparse.Namespace, console: Console) -> PQEq | None:
+    if options.charges == "none":
+        return None
+    parameters = FITTED
+    if options.fit_charges or options.charges == "qeq":
+        frames = read_frames(_field_source(options.data / "efield_water_train.xyz"))
+        parameters = fit_charges(frames[3::16], console, shells=options.charges == "pqeq")
+    return charge_model(parameters)
+
+
+def _network(options: argparse.Namespace, train: Sequence[Sample]) -> NequIP:
+    torch.manual_seed(options.seed)
+    if options.start is not None:
+        start = load_potential(options.start).short_range
+        assert isinstance(start, NequIP)
+        walled = NequIP(**{**start.config, "repulsion": NETWORK["repulsion"]})
+        walled.load_state_dict(start.state_dict())
+        return widen(walled, options.hidden_irreps, options.basis)
+    summary = summarize(train, nuclear_repulsion(NETWORK["repulsion"], NETWORK["r_max"]))
+    settings = {**NETWORK, "hidden_irreps": options.hidden_irreps, "n_basis": options.basis}
+    return NequIP([1, 8], **settings, n_neighbors=summary.average_neighbors, scale=summary.force_rms)
 
 
 if __name__ == "__main__":

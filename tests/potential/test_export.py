@@ -199,6 +199,7 @@ def test_metadata(files: dict[str, Any]) -> None:
         ("8x0e+4x0o+4x1o+4x1e+2x2e", "1x0e+1x1o+1x2e", {}),
         ("8x0e+4x1e", "1x0e+1x1e", {"edge_sign": -1, "use_sc": False}),
         ("4x0e+2x1o+2x3o", "1x0e+1x1o+1x2e+1x3o", {"layers": 2}),
+        ("4x0e+2x1o", "1x0e+1x1o", {"layers": 1, "repulsion": {"H-H": 1.8, "O-H": 1.2}}),
     ],
 )
 def test_networks_of_every_kind(hidden: str, harmonics: str, options: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from voltpi.potential.errors import InputError
 from voltpi.potential.reaxnet import read_reaxnet, reaxnet_network
 from voltpi.potential.shortrange import messages
 from voltpi.potential.shortrange.nequip import NequIP
+from voltpi.potential.shortrange.pair import ZBL
 
 FULL: dict[str, object] = {"hidden_irreps": "6x0e+2x0o+4x1o+3x1e+2x2e", "sh_irreps": "0e+1o+2e", "layers": 4}
 DEEP: dict[str, object] = {**FULL, "layers": 6}  # deep enough for pseudoscalars to reach the energy
@@ -106,6 +107,28 @@ def test_forces_are_the_finite_differences_of_the_energy(irreps: dict[str, objec
     h = 2e-4
     slope = (8 * (energy(h) - energy(-h)) - (energy(2 * h) - energy(-2 * h))) / (12 * h)
     assert float(slope) == pytest.approx(-float((forces * direction).sum()), rel=1e-7)
+
+
+@pytest.mark.parametrize("repulsion", ["covalent", {"H-H": 1.4, "Na-O": 2.5}])
+def test_repulsion_is_added_and_has_derivatives(repulsion: str | dict[str, float]) -> None:
+    bare, net = network(), network(repulsion=repulsion)
+    assert bare.state_dict().keys() == net.state_dict().keys()  # nothing to learn
+    numbers, positions = structure(seed=4)
+    positions = 0.75 * positions
+    wall = ZBL(None if isinstance(repulsion, str) else repulsion)
+    distance = torch.cdist(positions, positions)
+    near = distance < wall.reach[numbers[:, None], numbers]
+    expected = evaluate(bare, numbers, positions)[0].sum()
+    for i, j in near.triu(1).nonzero().tolist():
+        expected = expected + wall(numbers[i, None], numbers[j, None], distance[i, j, None] ** 2)[0]
+    energies, forces = evaluate(net, numbers, positions)
+    assert float(energies.sum()) == pytest.approx(float(expected), rel=1e-12)
+    assert abs(float(expected) - float(evaluate(bare, numbers, positions)[0].sum())) > 0.1
+    direction = torch.randn(positions.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    h = 1e-4
+    e = [float(evaluate(net, numbers, positions + k * h * direction)[0].sum()) for k in (-2, -1, 1, 2)]
+    slope = (e[0] - 8 * e[1] + 8 * e[2] - e[3]) / (12 * h)
+    assert slope == pytest.approx(-float((forces * direction).sum()), rel=1e-7)
 
 
 def test_second_derivatives_of_a_tiny_network() -> None:
@@ -277,6 +300,10 @@ def test_unknown_element_is_named() -> None:
         ({"shift": [1.0, 2.0]}, "shift has shape"),
         ({"layers": 0}, "at least one layer"),
         ({"r_max": 0.4}, "cutoff above"),
+        ({"repulsion": "zbl"}, "repulsion is 'zbl': give covalent"),
+        ({"repulsion": {"O-H": 3.6}}, "repulsion ends at 3.6 Å, beyond r_max 3.5"),
+        ({"repulsion": {"O-Q": 1.0}}, "'O-Q' is not a pair of elements"),
+        ({"repulsion": {"O-H": 0.0}}, "the repulsion of O-H ends at 0.0 Å"),
     ],
 )
 def test_wrong_configuration_is_refused(changes: dict[str, object], message: str) -> None:

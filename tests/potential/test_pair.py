@@ -180,6 +180,18 @@ def test_zbl_is_the_universal_potential_inside_the_covalent_radii() -> None:
     assert potential(ZBL()).short_range.cutoff < 5.5  # no neighbours are listed that feel nothing
 
 
+def test_zbl_of_chosen_pairs_ends_where_it_is_told() -> None:
+    wall = ZBL({"H-H": 1.2})
+    assert int((wall.reach > 0).sum()) == 1
+    for r in (0.3, 0.8, 1.15):
+        numbers = torch.tensor([1, 1])
+        index, vectors = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[r, 0.0, 0.0], [-r, 0.0, 0.0]]).double()
+        energies = wall.atomic(numbers, index, vectors)
+        assert energies[0] == energies[1]
+        assert float(energies.sum()) == pytest.approx(zbl(r, 1, 1, 1.2), rel=2e-3)
+    assert wall.atomic(torch.tensor([1, 8]), index, 0.1 * vectors).tolist() == [0.0, 0.0]
+
+
 def test_terms_add_up() -> None:
     parts = [BornMayerHuggins(NACL), ZBL(), LennardJones({s: LJParameters(0.01, 2.5) for s in ("Na", "Cl")})]
     for r in (1.5, 2.8):
