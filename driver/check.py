@@ -19,6 +19,7 @@ from voltpi.driver.driven import sum_rule
 from voltpi.driver.schedule import extreme_times, settings_at
 from voltpi.driver.schedule import refusals as schedule_refusals
 from voltpi.driver.settings import Settings, load_settings
+from voltpi.driver.settings_file import read_yaml
 from voltpi.potential.errors import InputError, VoltPIError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from voltpi.driver.ipi_input import DirectForceField, RunInput, SocketForceField
     from voltpi.driver.launch import RunRecord
     from voltpi.driver.potentiostat import Potentiostat
+    from voltpi.potential.model import Potential
     from voltpi.potential.response import Response
     from voltpi.potential.systems import Systems
 
@@ -56,15 +58,18 @@ class Finding:
 def check(path: str | Path, template: str | Path | None = None) -> Iterator[Finding]:
     """Checks an i-PI input (XML, RESTART) or a settings file, as far as possible; problems do not end the search.
 
+    Settings of a training are checked with their data.
     ``template`` is the start structure where the input names none (for a settings file: ``start.xyz`` beside it).
     """
     path = Path(path)
     if not path.is_file():
         yield Finding(False, f"{path}: there is no such file; give an i-PI input (XML) or a settings file (YAML)")
-    elif path.suffix.lower() in (".yaml", ".yml"):
-        yield from _check_settings(path, template)
-    else:
+    elif path.suffix.lower() not in (".yaml", ".yml"):
         yield from _check_input(path, template)
+    elif _is_of_a_training(path):
+        yield from _check_training(path)
+    else:
+        yield from _check_settings(path, template)
 
 
 def default_template(settings: Path) -> Path:
@@ -80,32 +85,62 @@ def default_template(settings: Path) -> Path:
 
 
 def _check_settings(path: Path, template: str | Path | None) -> Iterator[Finding]:
+    from voltpi.driver.build import build_potential
+
     try:
         settings = load_settings(path)
-    except InputError as error:
+        potential = build_potential(settings)
+    except VoltPIError as error:
         yield Finding(False, str(error))
         return
     yield Finding(True, f"{path}: settings are valid")
     try:
         start = Path(template) if template is not None else default_template(path)
     except InputError:
-        yield from _check_without_structure(settings, path)
+        yield _without_structure(path)
         return
-    yield from _check_start(settings, start)
+    yield from _check_start(settings, potential, start)
 
 
-def _check_without_structure(settings: Settings, path: Path) -> Iterator[Finding]:
-    from voltpi.driver.build import build_potential
+def _without_structure(path: Path) -> Finding:
+    return Finding(True, f"{path}: the potential can be built (no start structure was given to evaluate)")
 
+
+def _is_of_a_training(path: Path) -> bool:
     try:
-        build_potential(settings)
+        return not read_yaml(path)[0].keys().isdisjoint({"data", "training"})
+    except InputError:
+        return False  # which is said where the settings are read
+
+
+def _check_training(path: Path) -> Iterator[Finding]:
+    """Settings of ``voltpi train`` and the frames that they name."""
+    from voltpi.driver.training_data import read_samples
+    from voltpi.driver.training_settings import load_training
+    from voltpi.potential.checkpoints import load_potential
+    from voltpi.potential.committee import LastLayers
+    from voltpi.potential.shortrange.nequip import NequIP
+
+    said: list[str] = []
+    try:
+        settings = load_training(path)
+        said.append(f"{path}: settings of a training are valid; `voltpi train {path}` takes them")
+        known, cutoff, charged = [], settings.network.r_max, settings.charges.model != "none"
+        if settings.start is not None:
+            start = load_potential(settings.start)
+            network, charged = start.short_range, start.charges is not None
+            if not isinstance(network, NequIP | LastLayers):
+                raise settings.refusal("start", f"model {settings.start} has no one network to train further")
+            known, cutoff = [z for z in network.species if z], network.cutoff
+        read_samples(settings, known, cutoff, charged=charged, say=said.append)
     except VoltPIError as error:
+        yield from (Finding(True, sentence) for sentence in said)
         yield Finding(False, str(error))
         return
-    yield Finding(True, f"{path}: the potential can be built (no start structure was given to evaluate)")
+    yield from (Finding(True, sentence) for sentence in said)
 
 
-def _check_start(settings: Settings, start: Path) -> Iterator[Finding]:
+def _check_start(settings: Settings, potential: Potential, start: Path) -> Iterator[Finding]:
     from voltpi.driver.structures import read_structures
 
     try:
@@ -113,13 +148,17 @@ def _check_start(settings: Settings, start: Path) -> Iterator[Finding]:
     except InputError as error:
         yield Finding(False, str(error))
         return
-    yield from _evaluates(settings, atoms, str(start))
+    yield from _evaluates(settings, atoms, str(start), potential=potential)
 
 
-def _evaluates(settings: Settings, atoms: Atoms, name: str, plan: RunInput | None = None) -> Iterator[Finding]:
+def _evaluates(
+    settings: Settings, atoms: Atoms, name: str, plan: RunInput | None = None, *, potential: Potential | None = None
+) -> Iterator[Finding]:
     """Whether the potential of these settings gives finite, sensible numbers for the structure, and its electrodes."""
+    from voltpi.driver.build import build_potential
     from voltpi.driver.evaluator import Evaluator
     from voltpi.driver.potentiostat import Potentiostat, settings_of, without_ghost
+    from voltpi.potential.fragments import name_fragment, unpaired
 
     fields = {"field"} if settings.in_field else set()
     later = {time: settings_at(settings, time) for time in extreme_times(settings)}
@@ -129,7 +168,7 @@ def _evaluates(settings: Settings, atoms: Atoms, name: str, plan: RunInput | Non
             yield from _ghost(Potentiostat(settings, atoms), settings, atoms, name, plan)
             later = {time: settings_of(then, atoms) for time, then in later.items()}
             atoms, settings = without_ghost(atoms, settings), settings_of(settings, atoms)
-        evaluator = Evaluator.from_settings(settings, atoms)
+        evaluator = Evaluator(build_potential(settings) if potential is None else potential, atoms, settings)
         response = evaluator.evaluate_systems(np.asarray(atoms.cell)[None], atoms.get_positions()[None])
     except VoltPIError as error:
         yield Finding(False, f"{name}: {error}")
@@ -151,6 +190,13 @@ def _evaluates(settings: Settings, atoms: Atoms, name: str, plan: RunInput | Non
         yield Finding(
             True,
             f"{name}: {len(atoms)} atoms, energy {energy:.6f} eV, largest force {largest:.2f} eV/Å, all terms finite",
+        )
+    if odd := unpaired(evaluator.prepared):
+        names = ", ".join(name_fragment(evaluator.prepared, fragment) for fragment in odd[:3])
+        yield Finding(
+            True,
+            f"hint: {name}: {len(odd)} fragments have an odd number of electrons with the charge they keep ({names}): "
+            "radicals, or ions whose charge is not given as initial_charges",
         )
     for time, then in later.items():
         yield _evaluates_at(time, then, evaluator, atoms, name)
@@ -362,6 +408,7 @@ def _timestep(plan: RunInput, atoms: Atoms) -> Iterator[Finding]:
 
 def _forcefields(plan: RunInput, record: RunRecord) -> Iterator[Finding]:
     """Every forcefield that is ours: settings valid, start structure known, finite numbers."""
+    from voltpi.driver.build import build_potential
     from voltpi.driver.launch import settings_for
     from voltpi.driver.structures import read_structures
 
@@ -371,11 +418,13 @@ def _forcefields(plan: RunInput, record: RunRecord) -> Iterator[Finding]:
             settings = load_settings(file, ff.overrides, origin="<parameters>", folder=plan.folder)
             start = record.templates.get(ff.name)
             atoms = None if start is None else read_structures(start)[0]
-        except InputError as error:
+            if atoms is None:
+                build_potential(settings)
+        except VoltPIError as error:
             yield Finding(False, str(error))
             continue
         if atoms is None:
-            yield from _check_without_structure(settings, file)
+            yield _without_structure(file)
         else:
             yield from _evaluates_in_a_run(plan, ff, settings, atoms, f"{plan.path.name}, <ffsocket name='{ff.name}'>")
     for direct in plan.direct:

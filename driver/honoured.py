@@ -1,7 +1,8 @@
 """Which model honours which setting, found by trying: every model with every setting on a small structure.
 
-    python -m voltpi.driver.honoured > docs/models-and-settings.md
+    python -m voltpi.driver.honoured docs/models-and-settings.md
 
+writes the page anew; columns of models whose package is not installed stay as they are there.
 A setting is honoured where the evaluation goes through and refused where it ends with a sentence, which the page
 quotes. What stands for a kind of model is small and untrained: whether a setting is honoured depends on the kind alone.
 """
@@ -9,6 +10,7 @@ quotes. What stands for a kind of model is small and untrained: whether a settin
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import tempfile
 import warnings
@@ -32,7 +34,7 @@ from voltpi.potential.errors import VoltPIError
 from voltpi.potential.model import Potential
 from voltpi.potential.shortrange.nequip import NequIP
 
-__all__ = ["honoured", "page"]
+__all__ = ["honoured", "page", "read_page"]
 
 _WATER = np.array([[0.0, 0.0, 0.0], [0.76, 0.59, 0.0], [-0.76, 0.59, 0.0]])
 _LENNARD_JONES = {
@@ -86,6 +88,7 @@ _SLAB = {"coulomb.boundary": "slab-z"}
 _VOLTAGE = {**_SLAB, "electrodes": _electrodes("potential", -0.5, 0.5)}
 _GROUNDED = {"electrodes": _electrodes("potential", 0.0, 0.0)}
 _EMPTY = {"electrodes": _electrodes("charge", 0.0, 0.0)}
+_NEEDS_MATGL = "QET, `linear-qeq`"
 _SENT = {"BEC", "polarizability", "smallest_curvature", "energy_uncertainty", "electrode_capacitance"}
 _NO_FIELD = {"field": [0.0, 0.0, 0.0]}
 _CHARGE = {**_SLAB, "electrodes": _electrodes("charge", -0.1, 0.1)}
@@ -123,11 +126,14 @@ def _models(folder: Path) -> dict[str, dict[str, Any]]:
         "latent": Potential(latent, LatentCharges(conserve="total")),
         "neighbors": Potential(latent, LatentCharges(conserve="neighbors")),
         "molecules": Potential(latent, LatentCharges(conserve="fragments")),
+        "relaxing": Potential(latent, LatentCharges(conserve="fragments", relaxation=True)),
         "tapered": Potential(plain, tapered),
         "bare": Potential(plain),
     }
     committee = LastLayers(plain, torch.randn(4, 4))
     charged["committee"] = Potential(committee, PQEq(conserve="fragments", response="all"))
+    latents = LastLayers(latent, torch.randn(4, 4))
+    charged["latent-committee"] = Potential(latents, LatentCharges(conserve="fragments"))
     for name, potential in charged.items():
         save_potential(folder / f"stand-in-{name}.safetensors", potential, {"name": name})
     files: dict[str, dict[str, Any]] = {
@@ -140,6 +146,8 @@ def _models(folder: Path) -> dict[str, dict[str, Any]]:
         "trained, latent, `total`": files["latent"],
         "trained, latent, `fragments`": files["molecules"],
         "trained, latent, `neighbors`": files["neighbors"],
+        "trained, latent, `fragments`, relaxation": files["relaxing"],
+        "trained, latent, `fragments`, committee": files["latent-committee"],
         "trained, no charges": files["bare"],
         "imported ReaxNet, tapered": files["tapered"],
         "pair potential, PQEq": {
@@ -155,7 +163,7 @@ def _models(folder: Path) -> dict[str, dict[str, Any]]:
         "foundation model alone": {**stand_in, "charges.model": "none"},
     }
     if importlib.util.find_spec("matgl") is not None:
-        models["QET, `linear-qeq`"] = {
+        models[_NEEDS_MATGL] = {
             "short_range": {"foundation": f"qet:{_qet(folder / 'qet')}"},
             "charges.model": "linear-qeq",
         }
@@ -229,10 +237,10 @@ def page(table: Mapping[str, Mapping[str, str]]) -> str:
         [
             "# Which model honours which setting",
             "",
-            "Made by `python -m voltpi.driver.honoured`, which tries every combination; a test compares.",
-            "*yes*: the energy answers, with exact derivatives. *no*: refused with the sentence below; nothing is",
-            "silently dropped. Foundation models are all those of `short_range.foundation`; the column of QET is made",
-            "where matgl is installed.",
+            "Made by `python -m voltpi.driver.honoured docs/models-and-settings.md`, which tries every",
+            "combination; a test compares. *yes*: the energy answers, with exact derivatives. *no*: refused with",
+            "the sentence below; nothing is silently dropped. Foundation models are all those of",
+            "`short_range.foundation`; the column of QET is made where matgl is installed, else kept as it is.",
             "",
             *lines,
             "",
@@ -244,10 +252,29 @@ def page(table: Mapping[str, Mapping[str, str]]) -> str:
     )
 
 
+def read_page(text: str) -> dict[str, dict[str, str]]:
+    """The table of a page that :func:`page` made."""
+    said = dict(re.findall(r"^(\d+)\. (.*)$", text, flags=re.MULTILINE))
+    head, _, *rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")
+    ]
+    columns = zip(head[1:], zip(*(row[1:] for row in rows), strict=True), strict=True)
+    return {
+        name: {
+            row[0]: "" if cell == "yes" else said[cell.removeprefix("no [").removesuffix("]")]
+            for row, cell in zip(rows, cells, strict=True)
+        }
+        for name, cells in columns
+    }
+
+
 def main() -> None:
+    path = Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        text = page(honoured(Path(folder)))
-    print(text, end="")
+        table = honoured(Path(folder))
+    if _NEEDS_MATGL not in table and path.is_file():
+        table[_NEEDS_MATGL] = read_page(path.read_text())[_NEEDS_MATGL]
+    path.write_text(page(table))
 
 
 if __name__ == "__main__":

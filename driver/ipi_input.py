@@ -280,6 +280,9 @@ def read_input(xml: str | Path) -> RunInput:
         raise InputError(f"{path.name}: no forcefield; add <ffsocket> or <ffdirect> (see `voltpi new`)")
     n_beads = _beads(tags)
     starts = [_start(tags, system, path.parent) for system in root.iterfind("system")]
+    steps = tags.number(root, "total_steps", 1000, int, least=1)
+    first_step = tags.number(root, "step", 0, int, least=0)
+    problems = [*_finished(first_step, steps), *_problems(root, n_beads)]
     for ff in direct:
         if not ff.threaded and n_beads % ff.batch_size:
             raise InputError(
@@ -290,8 +293,8 @@ def read_input(xml: str | Path) -> RunInput:
         path=path,
         sockets=sockets,
         direct=direct,
-        steps=tags.number(root, "total_steps", 1000, int, least=0),
-        first_step=tags.number(root, "step", 0, int, least=0),
+        steps=steps,
+        first_step=first_step,
         timestep=_timestep(root),
         n_beads=n_beads,
         template=next((start for start in starts if start is not None), None),
@@ -313,7 +316,7 @@ def read_input(xml: str | Path) -> RunInput:
             if (element.text or "").strip().startswith("extras") and element.get("extra_type", "").strip()
         ),
         committee=root.find("ffcommittee") is not None,
-        problems=tuple(dict.fromkeys(f"{path.name}: {sentence}" for sentence in _problems(root, n_beads))),
+        problems=tuple(dict.fromkeys(f"{path.name}: {sentence}" for sentence in problems)),
     )
 
 
@@ -483,6 +486,12 @@ def _refuse_units(tags: _Tags) -> None:
         except (ValueError, TypeError, KeyError):
             known = _UNITS.get(unit.strip().lower(), _COMMON_UNITS[kind])
             raise tags.fail(element.tag, f"has units='{unit}': unit '{unit}' is unknown; write {known}") from None
+
+
+def _finished(step: int, total: int) -> Iterator[str]:
+    """What is wrong where no step is left: i-PI ends with a traceback."""
+    if step >= total:
+        yield f"the run is finished: <step> is {step} and <total_steps> {total}; raise <total_steps> there to go on"
 
 
 def _problems(root: ET.Element, n_beads: int) -> Iterator[str]:

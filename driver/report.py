@@ -45,6 +45,8 @@ def print_frame(record: dict[str, Any], atoms: Atoms, title: str) -> None:
     totals.add_row("charges", f"{min(record['charges']):.4f} … {max(record['charges']):.4f} e")
     for name, values in record["electrodes"].items():
         totals.add_row(f"electrode {name}", f"{values['charge']:.6f} e at {values['potential']:.4f} V")
+    if "born_charges" in record:
+        totals.add_row("Born charges", f"{_by_element(atoms, record['born_charges'])} e (mean thirds of traces)")
     if "polarizability" in record:
         totals.add_row("polarizability", f"{np.trace(record['polarizability']) / 3:.4f} Å³ (isotropic)")
     if "smallest_curvature" in record:
@@ -59,6 +61,26 @@ def print_frame(record: dict[str, Any], atoms: Atoms, title: str) -> None:
         row = (f"{record['charges'][i]: .4f}", _vector(record["shells"][i]), _vector(record["forces"][i]))
         table.add_row(f"{i} {symbol}", *row)
     console.print(table)
+    if "born_charges" in record:
+        console.print(_born_charges(record, atoms))
+
+
+def _by_element(atoms: Atoms, born: Any) -> str:
+    thirds = np.trace(np.asarray(born), axis1=1, axis2=2) / 3
+    symbols = np.asarray(atoms.get_chemical_symbols())
+    return ", ".join(f"{symbol} {thirds[symbols == symbol].mean():.4f}" for symbol in dict.fromkeys(symbols.tolist()))
+
+
+def _born_charges(record: dict[str, Any], atoms: Atoms) -> Table:
+    """Of every atom's ∂M/∂r [3, 3] (e) the mean and the diagonal, and how large the rest is; the sum of all below."""
+    table = Table("Born charge (e)", "mean", "xx        yy       zz", "largest other")
+    born = np.asarray(record["born_charges"])
+    for name, own in zip(
+        [f"{i} {s}" for i, s in enumerate(atoms.symbols)] + ["sum"], [*born, born.sum(0)], strict=True
+    ):
+        other = np.abs(own - np.diag(np.diag(own))).max()
+        table.add_row(name, f"{np.trace(own) / 3: z.4f}", _vector(np.diag(own).round(4) + 0.0), f"{other:z.4f}")
+    return table
 
 
 def print_models() -> None:

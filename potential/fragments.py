@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from ase import Atoms
 from ase.data import covalent_radii
 from ase.geometry import complete_cell, minkowski_reduce
 from torch import Tensor
@@ -17,7 +18,16 @@ from voltpi.potential.errors import InputError
 from voltpi.potential.neighbors import neighbor_list
 from voltpi.potential.systems import Systems
 
-__all__ = ["BOND_TOLERANCE", "IONS", "assign_fragments", "check_whole", "percolating", "whole_positions"]
+__all__ = [
+    "BOND_TOLERANCE",
+    "IONS",
+    "assign_fragments",
+    "check_whole",
+    "name_fragment",
+    "percolating",
+    "unpaired",
+    "whole_positions",
+]
 
 BOND_TOLERANCE = 1.25
 """Two atoms are bonded below this multiple of the sum of their covalent radii (O–H: 1.21 Å)."""
@@ -81,7 +91,8 @@ def assign_fragments(
 
     Raises
     ------
-    InputError : the fragments' charges do not add up to the net charge of a structure without electrodes
+    InputError : the fragments' charges do not add up to the net charge of a structure without electrodes, or neither
+        labels nor charges say that two fragments are ions which have an odd number of electrons when neutral
     """
     n = systems.n_atoms
     bonds, _ = _bonds(systems)
@@ -123,11 +134,51 @@ def assign_fragments(
                 "file, or set charges.net_charge to their sum"
             )
     device = systems.device
-    return systems.replace(
+    assigned = systems.replace(
         fragments=torch.as_tensor(fragments, dtype=torch.int64, device=device),
         fragment_charges=torch.as_tensor(charges, dtype=torch.float64, device=device),
         parents=torch.as_tensor(parent, dtype=torch.int64, device=device),
     )
+    if labels is None and initial_charges is None:
+        _refuse_ions(assigned, torch.as_tensor(system_of, device=device))
+    return assigned
+
+
+def unpaired(systems: Systems) -> list[int]:
+    """The fragments that have an odd number of electrons: radicals, or ions without their charge.
+
+    Those of electrodes and with charges that are not whole numbers are left out.
+    """
+    if systems.fragments is None or systems.fragment_charges is None:
+        return []
+    charges = systems.fragment_charges
+    electrons = torch.zeros_like(charges).index_add(0, systems.fragments, systems.numbers.to(charges.dtype)) - charges
+    odd = (torch.remainder(electrons, 2) - 1).abs() < 1e-6
+    if systems.electrode is not None:
+        odd[systems.fragments[systems.electrode >= 0]] = False
+    return odd.nonzero()[:, 0].tolist()
+
+
+def name_fragment(systems: Systems, fragment: int) -> str:
+    """A fragment for a message: ``H3O of atom 6 (O)``."""
+    assert systems.fragments is not None
+    own = (systems.fragments == fragment).nonzero()[:, 0]
+    formula = Atoms(numbers=systems.numbers[own].cpu().numpy()).get_chemical_formula()
+    return f"{formula} of {systems.name(int(own[0]))}"
+
+
+def _refuse_ions(systems: Systems, system_of: Tensor) -> None:
+    """Raises InputError where two neutral fragments of one structure have an odd number of electrons."""
+    odd = torch.tensor(unpaired(systems), dtype=torch.int64, device=systems.device)
+    for b in range(systems.n_systems if len(odd) else 0):
+        own = odd[system_of[odd] == b]
+        if len(own) > 1:
+            first, second = (name_fragment(systems, int(k)) for k in own[:2])
+            raise InputError(
+                f"{len(own)} fragments would be neutral with an odd number of electrons, such as {first} and {second}: "
+                "give every ion its charge as initial_charges in the structure file; for radicals, and where these "
+                "are not the molecules, name the fragments in charges.fragments"
+            )
 
 
 def _nearest_images(step: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:

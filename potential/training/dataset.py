@@ -14,12 +14,13 @@ import ase.db
 import numpy as np
 import torch
 from ase import Atoms
-from ase.io import read
+from ase.io import iread
 from ase.io.formats import UnknownFileTypeError
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from voltpi.potential.errors import InputError
-from voltpi.potential.neighbors import neighbor_list
+from voltpi.potential.neighbors import MINIMUM_DISTANCE, check_geometry, neighbor_list
 from voltpi.potential.systems import Systems
 from voltpi.potential.training.labels import AUTO, KINDS, Source, checked, detect, label
 from voltpi.potential.training.latent import Interaction
@@ -78,6 +79,8 @@ def read_source(source: Source) -> tuple[Source, list[Atoms]]:
     are missing, misshapen or not finite.
     """
     frames = _read(source)
+    for i, atoms in enumerate(frames):
+        _check_atoms(source, i, atoms)
     if any(source.key(kind) == AUTO for kind in KINDS):
         source = detect(source, frames)
     scale = source.units.factor("length")
@@ -103,15 +106,21 @@ def read_frames(source: Source) -> list[Atoms]:
 
 def _read(source: Source) -> list[Atoms]:
     path = Path(source.path)
+    frames: list[Atoms] = []
     try:
         if path.suffix == ".db":
             frames = _from_database(path, source.frames)
         else:
             # read by content only where the name does not say it: an ".xyz" with labels is extended XYZ
-            frames = read(path, index=source.frames, format="extxyz" if path.suffix in (".xyz", ".extxyz") else None)
+            known = "extxyz" if path.suffix in (".xyz", ".extxyz") else None
+            for atoms in iread(path, index=source.frames, format=known):
+                frames.append(atoms)  # one by one: their number says where reading failed
     except (OSError, ValueError, KeyError, IndexError, AssertionError, UnknownFileTypeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}): give an extended XYZ file or an ASE database") from error
-    frames = [frames] if isinstance(frames, Atoms) else list(frames)
+        where = f"{path}, frame {len(frames)}" if frames else f"{path}"
+        reason = f"{error} is not a known element or column" if isinstance(error, KeyError) else str(error)
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        raise InputError(f"{where}: cannot be read ({reason}): give an extended XYZ file or an ASE database") from error
     if not frames:
         raise InputError(f"{path}: no frames for index '{source.frames}': give a file that holds structures")
     return frames
@@ -131,11 +140,20 @@ def _from_database(path: Path, index: str) -> list[Atoms]:
     return frames[start:stop:step] if ":" in index else [frames[int(index)]]
 
 
+def _check_atoms(source: Source, frame: int, atoms: Atoms) -> None:
+    where = f"{source.path}, frame {frame}"
+    if not len(atoms):
+        raise InputError(f"{where}: has no atoms: remove the frame")
+    if (atoms.numbers == 0).any():
+        atom = int(np.argmin(atoms.numbers))
+        raise InputError(f"{where}: atom {atom} is the dummy element X: give real elements, or remove the frame")
+    if not np.isfinite(atoms.positions).all() or not np.isfinite(atoms.cell.array).all():
+        raise InputError(f"{where}: positions or cell are not finite: correct or remove the frame")
+
+
 def _check_labels(source: Source, frame: int, atoms: Atoms) -> None:
     checked(source, frame, atoms, "energy", ())
     checked(source, frame, atoms, "forces", (len(atoms), 3))
-    if not np.isfinite(atoms.positions).all() or not np.isfinite(atoms.cell.array).all():
-        raise InputError(f"{source.path}, frame {frame}: positions or cell are not finite: correct or remove the frame")
     if source.field_key is not None:
         checked(source, frame, atoms, "field", (3,))
     elif np.any(np.asarray(atoms.info.get("electric_field", 0.0), dtype=float)):
@@ -148,7 +166,10 @@ def _check_labels(source: Source, frame: int, atoms: Atoms) -> None:
 
 
 def make_samples(source: Source, frames: Sequence[Atoms], cutoff: float) -> list[Sample]:
-    """Samples of frames that :func:`read_source` gave, with neighbours within ``cutoff`` (Å)."""
+    """Samples of frames that :func:`read_source` gave, with neighbours within ``cutoff`` (Å).
+
+    Raises InputError that names file and frame for a geometry that no potential takes (overlapping atoms, no cell).
+    """
     return [_sample(source, i, atoms, cutoff) for i, atoms in enumerate(frames)]
 
 
@@ -156,6 +177,11 @@ def _sample(source: Source, frame: int, atoms: Atoms, cutoff: float) -> Sample:
     field_ = None if source.field_key is None else checked(source, frame, atoms, "field", (3,))
     charge = 0.0 if source.charge_key is None else float(checked(source, frame, atoms, "charge", ()))
     systems = Systems.from_atoms(atoms, field=field_, net_charge=charge)
+    try:
+        check_geometry(systems)
+    except InputError as error:
+        unit = ", as where positions in nm are read as Å: set units.length to nm" if _crowded(atoms) else ""
+        raise InputError(f"{source.path}, frame {frame}: {error}{unit}") from None
     neighbors = neighbor_list(systems, cutoff)
     group = None if source.group_key is None else label(atoms, source.group_key)
     shapes = {"dipole": (3,), "polarizability": (3, 3), "born_charges": (len(atoms), 3, 3)}
@@ -177,6 +203,12 @@ def _sample(source: Source, frame: int, atoms: Atoms, cutoff: float) -> Sample:
             if source.key(kind) is not None and label(atoms, str(source.key(kind))) is not None
         },
     )
+
+
+def _crowded(atoms: Atoms) -> bool:
+    """Whether most atoms are as close to another one as bonded atoms are in nm (H2: 0.074)."""
+    nearest = cKDTree(atoms.positions).query(atoms.positions, k=2)[0][:, 1]
+    return 0.06 < float(np.median(nearest)) < MINIMUM_DISTANCE
 
 
 def _stress(source: Source, frame: int, atoms: Atoms, volume: float) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
@@ -156,6 +157,23 @@ def test_a_table_for_people_says_the_same(structure: Path, capsys: pytest.Captur
     out = capsys.readouterr().out
     assert f"{energy:.6f} eV" in out
     assert "residual" in out
+
+
+def test_born_charges_are_in_the_table_where_they_are_asked_for(
+    structure: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [*FRAGMENTS, "--set", "charges.response=all", "--set", "output.born_charges=true"]
+    assert main(["evaluate", str(structure), *asked, "--json"]) == 0
+    born = np.array(json.loads(capsys.readouterr().out)["born_charges"])
+    assert main(["evaluate", str(structure), *asked]) == 0
+    out = capsys.readouterr().out
+    thirds = np.trace(born, axis1=1, axis2=2) / 3
+    assert re.search(rf"Born charges +│ O {thirds[[0, 3]].mean():.4f}, H {thirds[[1, 2, 4, 5]].mean():.4f} e", out)
+    rows = re.findall(r"^│ (\d \w+|sum) +│ ([^│]*)│ ([^│]*)│ ([\d.]+) +│$", out, flags=re.MULTILINE)
+    assert [name for name, *_ in rows] == ["0 O", "1 H", "2 H", "3 O", "4 H", "5 H", "sum"]
+    for (_, mean, diagonal, _), own in zip(rows, [*born, born.sum(0)], strict=True):
+        assert float(mean) == pytest.approx(np.trace(own) / 3, abs=1e-4)
+        assert [float(x) for x in diagonal.split()] == pytest.approx(np.diag(own).tolist(), abs=1e-4)
 
 
 # -- wrong input ------------------------------------------------------------------------------------------------------
@@ -483,6 +501,34 @@ def test_check_compares_the_template_of_ffdirect_with_the_start(run_folder: Path
     (sentence,) = problems(run_folder / "input.xml")
     assert "3 atoms" in sentence
     assert "6" in sentence
+
+
+@pytest.mark.parametrize("with_start", [True, False])
+def test_settings_that_no_potential_can_be_built_from_are_not_called_valid(run_folder: Path, with_start: bool) -> None:
+    settings = run_folder / "settings.yaml"
+    settings.write_text("charges: {model: latent}\n")
+    if not with_start:
+        (run_folder / "start.xyz").unlink()
+    (finding,) = check(settings)
+    assert not finding.ok
+    assert finding.sentence.startswith(f"{settings}, line 1: charges.model: latent needs a network")
+
+
+def test_ions_and_radicals_are_told_from_molecules(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A proton that the file puts with the other molecule: refused without charges, as one radical a hint."""
+    atoms = water()
+    atoms.positions[2] = atoms.positions[3] + [-0.2, -0.5, 0.8]
+    write(run_folder / "start.xyz", atoms, format="extxyz")
+    (sentence,) = problems(run_folder / "settings.yaml")
+    assert "2 fragments would be neutral with an odd number of electrons, such as HO of atom 0 (O) and H3O" in sentence
+    assert "give every ion its charge as initial_charges" in sentence
+    atoms.set_initial_charges([-1, 0, 0, 1, 0, 0])
+    write(run_folder / "start.xyz", atoms, format="extxyz")
+    assert [f.ok for f in check(run_folder / "settings.yaml")] == [True, True]
+    write(run_folder / "start.xyz", water()[:5], format="extxyz")
+    hints = [f.sentence for f in check(run_folder / "settings.yaml") if "hint" in f.sentence]
+    assert len(hints) == 1
+    assert "1 fragments have an odd number of electrons with the charge they keep (HO of atom 3 (O))" in hints[0]
 
 
 def test_check_of_what_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

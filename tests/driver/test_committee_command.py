@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from ase import Atoms
-from ase.io import write
+from ase.io import read, write
 from safetensors.torch import load_file
 from test_cli import refused
 
@@ -188,6 +188,27 @@ def test_a_model_is_given_a_committee(trained: Path, tmp_path: Path, capsys: pyt
     assert re.search(r"--members.*committee.*4", error)
     error = refused(capsys, *arguments, "--set", "training.committee_kind=seeds")
     assert "a model that is trained gets last-layers; for seeds, train" in error
+
+
+def test_data_of_another_zero_are_said_to_be_so(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An energy of its own for each element: refused with its size, unless the zero is fitted to the data."""
+    frames = read(trained.parent.parent / "train.xyz", ":")
+    for atoms in frames:
+        atoms.info["REF_energy"] += 3.0 * (atoms.numbers == 8).sum() - 0.9 * (atoms.numbers == 1).sum()
+    write(tmp_path / "other.xyz", frames, format="extxyz")
+    out = tmp_path / "with"
+    arguments = ["committee", str(trained), str(tmp_path / "other.xyz"), "--out", str(out), "--quiet"]
+    arguments += ["--set", "data.validation=0.4"]
+    error = refused(capsys, *arguments)
+    said = re.search(r"DATA: energies are (\S+) eV/atom off .* scatter by (\S+), as where", error)
+    assert said is not None, error
+    off, scatter = map(float, said.groups())
+    assert off == pytest.approx(0.4, abs=0.1)
+    assert scatter < 0.08
+    assert main([*arguments, "--set", "reference_energies=fit"]) == 0
+    assert read_card(out / "with.safetensors")["committee"]["energy"]["rmse"] < 0.6
 
 
 def test_finetuning_leaves_the_old_committee_behind(trained: Path, tmp_path: Path) -> None:

@@ -436,6 +436,18 @@ def test_a_checkpoint_without_its_record(tmp_path, toys, reference, capfd):
     assert len(table(tmp_path)) == 13
 
 
+def test_a_finished_run_says_how_to_go_on(tmp_path, toys, reference):
+    write_input(tmp_path, unix())
+    assert launch.run(tmp_path / "in.xml", quiet=True) == 0
+    before = (tmp_path / "run.i-pi.log").read_text()
+    with pytest.raises(InputError, match=r"RESTART: the run is finished: <step> is 10 and <total_steps> 10; raise"):
+        launch.run(tmp_path / "RESTART", quiet=True)
+    assert (tmp_path / "run.i-pi.log").read_text() == before  # i-PI was not started
+    (tmp_path / "RESTART").write_text((tmp_path / "RESTART").read_text().replace("_steps>10<", "_steps>12<"))
+    assert launch.run(tmp_path / "RESTART", quiet=True) == 0
+    assert len(table(tmp_path)) == 13
+
+
 # small parts ----------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 
 from voltpi.potential.errors import InputError
-from voltpi.potential.fragments import assign_fragments, percolating, whole_positions
+from voltpi.potential.fragments import assign_fragments, percolating, unpaired, whole_positions
 from voltpi.potential.systems import Systems
 
 from structures import sodium_and_six_waters, water_box
@@ -74,7 +74,29 @@ def test_ions_keep_their_charge_apart_from_their_shell():
 @pytest.mark.parametrize("symbol", ["Li", "Na", "K", "Rb", "Cs", "Ca", "Sr", "Ba"])
 def test_metals_of_groups_one_and_two_bond_to_nothing(symbol):
     pair = Atoms([symbol, "O", "H"], [[0, 0, 0], [2.0, 0, 0], [2.97, 0, 0]])
-    assert assign_fragments(Systems.from_atoms(pair)).fragments.tolist() == [0, 1, 1]
+    charges = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)
+    assert assign_fragments(Systems.from_atoms(pair), initial_charges=charges).fragments.tolist() == [0, 1, 1]
+
+
+_HYDRONIUM = Atoms("OH3", [[0, 0, 0], [0.96, 0, 0.2], [-0.48, 0.83, 0.2], [-0.48, -0.83, 0.2]])
+_HYDROXIDE = Atoms("OH", [[9, 0, 0], [9.96, 0, 0]])
+_WATER = Atoms("OH2", [[0, 9, 0], [0.96, 9, 0], [-0.24, 9.93, 0]])
+
+
+def test_ions_without_their_charge_are_refused():
+    pair = _HYDRONIUM + _HYDROXIDE + _WATER
+    with pytest.raises(InputError, match=r"2 fragments .* H3O of atom 0 \(O\) and HO of atom 4 \(O\): give every ion"):
+        assign_fragments(Systems.from_atoms(pair))
+    charges = torch.zeros(len(pair), dtype=torch.float64)
+    charges[0], charges[4] = 1.0, -1.0
+    system = assign_fragments(Systems.from_atoms(pair), initial_charges=charges)
+    assert system.fragment_charges.tolist() == [1, -1, 0]
+    assert unpaired(system) == []
+    # the structures of a batch are told apart, and the user's own fragments are the user's
+    both = Systems.from_atoms([_WATER + _HYDRONIUM, _WATER + _HYDROXIDE])
+    assert unpaired(assign_fragments(both)) == [1, 3]
+    labels = torch.tensor([0] * 4 + [1] * 2 + [2] * 3)
+    assert unpaired(assign_fragments(Systems.from_atoms(pair), labels=labels)) == [0, 1]
 
 
 def test_beryllium_and_magnesium_do_bond():

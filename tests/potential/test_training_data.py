@@ -15,6 +15,7 @@ from torch import Tensor
 from voltpi.potential.electrostatics.pqeq import PQEq
 from voltpi.potential.errors import InputError, NoStablePointError
 from voltpi.potential.neighbors import neighbor_list
+from voltpi.potential.shortrange.pair import ZBL
 from voltpi.potential.systems import Systems
 from voltpi.potential.training.baseline import LongRange, load_dataset
 from voltpi.potential.training.charge_report import nearest_branch, report_charges
@@ -80,6 +81,26 @@ def _with_field(atoms: Atoms) -> None:
     atoms.info["electric_field"] = [0.1, 0.0, 0.0]
 
 
+def _with_overlap(atoms: Atoms) -> None:
+    atoms.positions[2] = atoms.positions[1] + [0.01, 0.0, 0.0]
+
+
+def _without_cell(atoms: Atoms) -> None:
+    atoms.set_cell([0.0, 0.0, 0.0])
+
+
+def _with_dependent_cell_vectors(atoms: Atoms) -> None:
+    atoms.set_cell([[5.0, 0.0, 0.0], [0.0, 5.0, 0.0], [5.0, 5.0, 0.0]])
+
+
+def _with_a_dummy(atoms: Atoms) -> None:
+    atoms.numbers[2] = 0
+
+
+def _without_atoms(atoms: Atoms) -> None:
+    del atoms[:]
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -88,6 +109,11 @@ def _with_field(atoms: Atoms) -> None:
         (_with_text, ["energy label", "'unconverged'", "not numbers"]),
         (_with_charges_as_forces, ["shape [3], expected [3, 3]"]),
         (_with_field, ["electric_field", "labels.field"]),
+        (_with_overlap, ["atoms 1 (H) and 2 (H) are 0.010 Å apart"]),
+        (_without_cell, ["periodic but has no cell vector"]),
+        (_with_dependent_cell_vectors, ["linearly dependent"]),
+        (_with_a_dummy, ["atom 2 is the dummy element X"]),
+        (_without_atoms, ["has no atoms: remove the frame"]),
     ],
 )
 def test_bad_labels_are_named_by_file_frame_and_key(tmp_path: Path, spoil, words) -> None:
@@ -106,6 +132,14 @@ def test_unreadable_files_say_so(tmp_path: Path) -> None:
     (tmp_path / "text.xyz").write_text("this is\nno structure\n")
     with pytest.raises(InputError, match=r"text\.xyz: cannot be read"):
         load_dataset(Source(tmp_path / "text.xyz", "x"), CUTOFF)
+
+
+def test_a_file_that_ends_early_names_the_frame(tmp_path: Path) -> None:
+    source = stored(tmp_path, [water(1, 0), water(1, 1), water(1, 2)])
+    text = Path(source.path).read_text()
+    Path(source.path).write_text(text.rstrip().rsplit("\n", 1)[0] + "\n")
+    with pytest.raises(InputError, match=r"set\.xyz, frame 2: cannot be read .*2 atoms, expected 3"):
+        load_dataset(source, CUTOFF)
 
 
 def test_references_recover_the_energies_of_atoms_by_dataset(tmp_path: Path) -> None:
@@ -371,3 +405,19 @@ def test_charges_are_compared_with_labels(tmp_path: Path) -> None:
     units = Units(polarizability="e*A/(V/A)")
     report = report_charges(answer, load_dataset(stored(tmp_path, frames, **ALL_AUTO, units=units), CUTOFF))
     assert "see units.polarizability" in report["polarizability"]["remark"]
+
+
+def test_scale_of_a_network_is_of_what_a_repulsion_leaves(tmp_path: Path) -> None:
+    wall = ZBL({"H-H": 1.2})
+    atoms = Atoms("H4", [[0, 0, 0], [0.6, 0, 0], [0.5, 0.9, 0], [3.0, 0, 0]], cell=[6, 6, 6], pbc=True)
+    systems = Systems.from_atoms(atoms)
+    positions = systems.positions.clone().requires_grad_()
+    centre, neighbour = index = (torch.cdist(systems.positions, systems.positions) > 0).nonzero().T
+    wall.atomic(systems.numbers, index, positions[neighbour] - positions[centre]).sum().backward()
+    assert positions.grad is not None
+    own = 0.1 * np.eye(4, 3)
+    atoms.calc = SinglePointCalculator(atoms, energy=1.0, forces=own - positions.grad.numpy())
+    source = stored(tmp_path, [atoms], energy_key="energy", forces_key="forces")
+    samples = load_dataset(source, 2.5)
+    assert summarize(samples).force_rms > 5
+    assert summarize(samples, wall).force_rms == pytest.approx(np.sqrt(np.mean(own**2)), rel=1e-6)

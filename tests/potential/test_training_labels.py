@@ -134,7 +134,6 @@ def test_units_that_are_right_pass(tmp_path: Path) -> None:
         ({"forces": -1.0}, ["gradients"]),
         ({"energy": -1.0}, ["change the sign of the energies"]),
         ({"length": 1 / 0.529177}, ["positions in bohr are read as Å: set units.length to bohr"]),
-        ({"length": 0.1}, ["positions in nm are read as Å"]),
     ],
 )
 def test_unit_slips_are_recognised(tmp_path: Path, change: dict[str, float], words: list[str]) -> None:
@@ -143,6 +142,14 @@ def test_unit_slips_are_recognised(tmp_path: Path, change: dict[str, float], wor
         check_units(samples)
     for word in ["set.xyz: ", "data.check_units: false", *words]:
         assert word in str(error.value)
+
+
+def test_positions_in_nm_are_recognised_before_there_are_neighbours(tmp_path: Path) -> None:
+    """A thousand times too dense, a cell would have too many neighbours to list."""
+    with pytest.raises(
+        InputError, match=r"set\.xyz, frame 0: .* as where positions in nm are .*: set units\.length to nm"
+    ):
+        load_dataset(stored(tmp_path, _scaled(length=0.1)), CUTOFF)
 
 
 def _copper() -> list[Atoms]:
