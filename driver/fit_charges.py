@@ -32,6 +32,12 @@ def fit_charges(config: Path, overrides: Sequence[str] = (), *, quiet: bool = Fa
     settings = load_training(config, overrides)
     if settings.charges.fit is None:
         raise settings.refusal("charges.fit", "charges.fit is none, so there is nothing to fit; give charges.fit: {}")
+    if settings.charges.fit.mode == "joint":
+        raise settings.refusal(
+            "charges.fit",
+            "charges.fit: joint needs the network, which voltpi train trains along; for the charges alone use mode: "
+            "before",
+        )
     console = Console(quiet=quiet)
 
     def say(sentence: str) -> None:
@@ -63,7 +69,7 @@ def fitted(
         fit = ChargeFit(
             charges,
             make_targets(charges, train),
-            options.targets.model_dump(),
+            options.weights(),
             trained=options.train,
             prior=options.prior,
             folder=folder,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,24 @@ from voltpi.driver.build import build_potential, choose_device, read_charge_para
 from voltpi.driver.committee import describe_report, make_committee
 from voltpi.driver.settings import Charges
 from voltpi.driver.settings_file import Origins
-from voltpi.driver.training_data import TrainingData, read_training_data
-from voltpi.driver.training_report import TrainedRun, TrainingTask, make_card, print_errors
+from voltpi.driver.training_data import TrainingData, read_training_data, without_long_range
+from voltpi.driver.training_report import TrainedRun, TrainingTask, make_card, print_errors, print_parameters
 from voltpi.driver.training_settings import TrainingSettings, load_training, made_of
 from voltpi.potential.checkpoints import load_potential, model_path, read_card, save_potential
 from voltpi.potential.committee import Committee, LastLayers, Seeds
 from voltpi.potential.electrostatics.latent import LatentCharges
-from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT
+from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT, PQEq
 from voltpi.potential.errors import InputError, VoltPIError
 from voltpi.potential.model import Potential
 from voltpi.potential.shortrange.nequip import NequIP
+from voltpi.potential.shortrange.pair import nuclear_repulsion
 from voltpi.potential.training.baseline import describe
+from voltpi.potential.training.charge_fit import write_table
 from voltpi.potential.training.charge_report import report_charges
 from voltpi.potential.training.dataset import Sample
 from voltpi.potential.training.evaluation import errors_by_group, evaluate_samples
 from voltpi.potential.training.freezing import freeze
+from voltpi.potential.training.joint import JointCharges
 from voltpi.potential.training.latent import begin_charges, set_sign
 from voltpi.potential.training.references import reference_energies, subtract_references, summarize
 from voltpi.potential.training.storage import read_weights
@@ -119,8 +123,8 @@ def add_committee(
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     folder = Path(settings.output)
-    _make_folder(folder)
-    task = _prepare(settings, say, progress=not quiet)
+    with _folder_for(folder):
+        task = _prepare(settings, say, progress=not quiet)
     device = choose_device(settings.run_settings().model_copy(update={"device": settings.training.device}))
     dtype = torch.float64 if settings.training.precision == "float64" else torch.float32
     task.network.to(device, dtype).eval()
@@ -148,9 +152,8 @@ def _run(settings: TrainingSettings, quiet: bool) -> Path:
 
         torch.manual_seed(settings.training.seed)
         folder = Path(settings.output)
-        if workers.first:
-            _make_folder(folder)
-        task = _prepare(settings, say, progress=not console.quiet)
+        with _folder_for(folder) if workers.first else nullcontext():
+            task = _prepare(settings, say, progress=not console.quiet)
         runs = []
         networks = _networks(settings, task.network)
         for member, network in enumerate(networks):
@@ -161,6 +164,8 @@ def _run(settings: TrainingSettings, quiet: bool) -> Path:
             runs.append(_train(settings, part, own, member, device, progress=not console.quiet))
         if len(networks) > 1:
             task = replace(task, network=Seeds([network.eval() for network in networks]))
+        if task.joint is not None:
+            task = _with_trained_charges(settings, task, progress=not console.quiet)
         model = folder / f"{settings.name}.safetensors"
         if workers.first:
             _finish(settings, task, runs, model, console, say)
@@ -191,7 +196,9 @@ def _train(
     card = {**task.card, "run": {**task.card["run"], "training.seed": seed}}
     _check_same_run(folder, card["run"])
     config = replace(settings.training.build(settings.loss.build(), device), seed=seed)
-    trainer = Trainer(task.network, task.train, task.validation, config, folder, card=card, progress=progress)
+    trainer = Trainer(
+        task.network, task.train, task.validation, config, folder, card=card, progress=progress, charges=task.joint
+    )
     result = trainer.fit(resume=True)
     if result.reason == "interrupted":
         raise VoltPIError(
@@ -201,11 +208,19 @@ def _train(
     return TrainedRun(folder, seed, result, trainer.state)
 
 
-def _make_folder(folder: Path) -> None:
+@contextmanager
+def _folder_for(folder: Path) -> Iterator[None]:
+    """Makes the output folder; input that is refused leaves no empty one behind."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output: {folder} cannot be made ({error}); give a folder that can") from None
+    try:
+        yield
+    except InputError:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        raise
 
 
 def _prepare(settings: TrainingSettings, say: Callable[[str], None], *, progress: bool) -> TrainingTask:
@@ -224,9 +239,17 @@ def _prepare(settings: TrainingSettings, say: Callable[[str], None], *, progress
     cutoff = settings.network.r_max if start is None else start.short_range.cutoff
     latent = _latent(settings, start)
     data = read_training_data(settings, long_range, latent, known, cutoff, say=say, progress=progress)
-    references = _references(settings, data, start)
+    left = data.train
+    joint = _joint(settings, long_range, data.train)
+    if joint is not None:  # what the charges leave as they are at the start
+        left, _ = without_long_range(settings, Potential(charges=joint.model), data.train, [], progress=progress)
+    references = _references(settings, left, start)
     train, validation = (subtract_references(side, references) for side in (data.train, data.validation))
-    summary = summarize(train)
+    if start is None:
+        wall = nuclear_repulsion(settings.network.repulsion, settings.network.r_max)
+    else:
+        wall = start.short_range.repulsion
+    summary = summarize(train if joint is None else subtract_references(left, references), wall)
     if start is None:
         network = NequIP(
             summary.species,
@@ -249,7 +272,39 @@ def _prepare(settings: TrainingSettings, say: Callable[[str], None], *, progress
         f"{summary.average_neighbors:.1f} neighbours an atom, {trained} parameters to train{references_sentence}"
     )
     card = {"files": data.files, "run": _identity(settings, network, long_range, latent, data)}
-    return TrainingTask(network, long_range, latent, references, train, validation, card)
+    if joint is not None:
+        fitted = ", ".join(joint.elements.trained)
+        say(f"charges trained along: {fitted} of {', '.join(joint.elements.elements)}")
+    return TrainingTask(network, long_range, latent, references, train, validation, card, joint)
+
+
+def _joint(settings: TrainingSettings, long_range: Potential | None, train: list[Sample]) -> JointCharges | None:
+    """Charges that are trained along with the network, or None."""
+    options = settings.charges.fit_of("joint")
+    if options is None or long_range is None:
+        return None
+    assert isinstance(long_range.charges, PQEq)
+    try:
+        return JointCharges(
+            long_range.charges,
+            train,
+            trained=options.train,
+            weights=options.weights(),
+            prior=options.prior,
+            rate=options.rate,
+        )
+    except InputError as error:
+        raise settings.refusal("charges.fit", str(error)) from None
+
+
+def _with_trained_charges(settings: TrainingSettings, task: TrainingTask, *, progress: bool) -> TrainingTask:
+    """The same with the charges as they were trained, and samples without them."""
+    assert task.joint is not None
+    assert task.long_range is not None
+    charges = Potential(charges=task.joint.trained_model)
+    train, validation = without_long_range(settings, charges, task.train, task.validation, progress=progress)
+    long_range = Potential(charges=charges.charges, dispersion=task.long_range.dispersion)
+    return replace(task, long_range=long_range, train=train, validation=validation)
 
 
 def _long_range(settings: TrainingSettings, start: Potential | None) -> Potential | None:
@@ -288,19 +343,21 @@ def _latent(settings: TrainingSettings, start: Potential | None) -> LatentCharge
         raise settings.refusal("charges.model", str(error)) from None
 
 
-def _references(settings: TrainingSettings, data: TrainingData, start: Potential | None) -> dict[str, dict[int, float]]:
+def _references(
+    settings: TrainingSettings, train: Sequence[Sample], start: Potential | None
+) -> dict[str, dict[int, float]]:
     """Reference energies (eV) by data set and atomic number."""
-    names = list(dict.fromkeys(s.dataset for s in data.train))
+    names = list(dict.fromkeys(s.dataset for s in train))
     chosen = settings.reference_energies
     if isinstance(chosen, dict):
         return {name: {atomic_numbers[symbol]: e for symbol, e in chosen.items()} for name in names}
     if start is None:
-        return reference_energies(data.train, ridge=settings.ridge)
+        return reference_energies(train, ridge=settings.ridge)
     if chosen == "keep":
         return {name: dict(start.reference_energies) for name in names}
     # what the network gives is not for the references to explain
     assert isinstance(start.short_range, NequIP)
-    answers = evaluate_samples(start.short_range, data.train)
+    answers = evaluate_samples(start.short_range, train)
     left = [replace(a.sample, energy=a.sample.energy - a.energy) for a in answers]
     fitted = reference_energies(left, ridge=settings.ridge, start=start.reference_energies)
     return {name: {**start.reference_energies, **own} for name, own in fitted.items()}
@@ -316,13 +373,14 @@ def _identity(
     """What must not change from one call to the next for a run to go on exactly."""
     parts: list[Any] = [] if long_range is None else [long_range.charges, long_range.dispersion]
     parts += [] if latent is None else [latent]
-    start = settings.start
+    start, joint = settings.start, settings.charges.fit_of("joint")
     identity = {
         "data": [[f["sha256"], f["use"], f["name"], f["frames"], f["labels"], f["units"]] for f in data.files],
         "data.validation": settings.data.validation if isinstance(settings.data.validation, float) else "files",
         "data.split_seed": settings.data.split_seed,
         "network": network.config,
         "charges and dispersion": [describe(part) for part in parts],
+        "charges.fit": None if joint is None else {"mode": joint.mode, "train": joint.train},
         "start": None if start is None else hashlib.sha256(model_path(start).read_bytes()).hexdigest(),
         "freeze": list(settings.freeze),
         "reference_energies": settings.reference_energies,
@@ -369,6 +427,11 @@ def _finish(
         charges = task.latent
         with_charges = Potential(_copy(task.network), charges, precision="double")
     responses = {} if with_charges is None else report_charges(with_charges, task.validation)
+    if task.joint is not None:
+        (folder / "charges").mkdir(exist_ok=True)
+        write_table(folder / "charges" / "charges.csv", task.joint.elements.table())
+        before = report_charges(Potential(charges=task.joint.model), task.validation)
+        responses = {**responses, **({"before": before} if before else {})}
     name = next(iter(task.references))
     card = make_card(settings, task, runs, errors, responses, name)
     committee = make_committee(settings, task, say)
@@ -386,6 +449,8 @@ def _finish(
             draw_learning(run.folder / "log.csv", run.folder / "learning")
         draw_parity(evaluate_samples(task.network, _some(task.train)), validated, folder / "parity")
     print_errors(console, errors, responses)
+    if task.joint is not None:
+        print_parameters(console, task.joint.elements)
     if committee is not None:
         say(describe_report(committee.report))
     best = ", ".join(str(run.result.best_epoch) for run in runs)

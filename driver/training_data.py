@@ -24,7 +24,7 @@ from voltpi.potential.training.splitting import check_disjoint, check_repeats, s
 from voltpi.potential.training.unit_check import UnitReport, check_units
 from voltpi.potential.training.workers import Workers
 
-__all__ = ["TrainingData", "read_samples", "read_training_data"]
+__all__ = ["TrainingData", "read_samples", "read_training_data", "without_long_range"]
 
 Say = Callable[[str], None]
 
@@ -50,7 +50,8 @@ def read_training_data(
 ) -> TrainingData:
     """Reads, checks and splits all frames, then computes the long-range part of each once and subtracts it.
 
-    With ``charges.fit`` the parameters of ``long_range``'s charges are first fitted, in place.
+    With ``charges.fit`` the parameters of ``long_range``'s charges are first fitted, in place; with ``mode: joint`` the
+    charges stay in the labels, and only dispersion is subtracted.
 
     ``known`` : atomic numbers that the model to fine-tune knows, or none. The long-range part is kept in the output
     folder. Where the network has ``latent`` charges, samples come with what these do to each other. Raises InputError
@@ -58,11 +59,13 @@ def read_training_data(
     """
     charged = latent is not None or (long_range is not None and long_range.charges is not None)
     train, validation, files = read_samples(settings, known, cutoff, charged=charged, say=say)
-    if settings.charges.fit is not None and long_range is not None:
+    if settings.charges.fit_of("before") and long_range is not None:
         with Workers().first_goes_ahead():
             fitted(settings, long_range, train, validation, say)
+    if long_range is not None and settings.charges.fit_of("joint"):
+        long_range = Potential(dispersion=long_range.dispersion) if long_range.dispersion is not None else None
     if long_range is not None:
-        train, validation = _without_long_range(settings, long_range, train, validation, progress)
+        train, validation = without_long_range(settings, long_range, train, validation, progress=progress)
     if latent is not None:
         train, validation = (with_interactions(side, latent, progress=progress) for side in (train, validation))
     return TrainingData(train, validation, files)
@@ -104,9 +107,13 @@ def read_samples(
     return train, validation, files
 
 
-def _without_long_range(
-    settings: TrainingSettings, potential: Potential, train: list[Sample], validation: list[Sample], progress: bool
+def without_long_range(
+    settings: TrainingSettings, potential: Potential, train: list[Sample], validation: list[Sample], *, progress: bool
 ) -> tuple[list[Sample], list[Sample]]:
+    """Samples whose labels are what ``potential``'s charges and dispersion leave; values are kept in the output folder.
+
+    Every process calls it; the first computes.
+    """
     baseline = LongRange(potential.charges, potential.dispersion)
     workers = Workers()
     done: list[list[Sample]] = []

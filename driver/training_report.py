@@ -18,11 +18,13 @@ from voltpi.potential.committee import Seeds
 from voltpi.potential.electrostatics.latent import LatentCharges
 from voltpi.potential.model import Potential
 from voltpi.potential.shortrange.nequip import NequIP
+from voltpi.potential.training.charge_fit import ElementTable
 from voltpi.potential.training.config import State, TrainResult
 from voltpi.potential.training.dataset import Sample
+from voltpi.potential.training.joint import JointCharges
 from voltpi.potential.training.workers import Workers
 
-__all__ = ["TrainedRun", "TrainingTask", "make_card", "print_errors"]
+__all__ = ["TrainedRun", "TrainingTask", "make_card", "print_errors", "print_parameters"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class TrainingTask:
     """What is trained: the network, the long range that was subtracted, reference energies, samples without both.
 
     ``latent`` : how the network's own charges interact, where it has them; then ``long_range`` has no charges.
+    ``joint`` : charges that are trained along; they stay in the samples until they are.
     """
 
     network: NequIP | Seeds
@@ -39,6 +42,7 @@ class TrainingTask:
     train: list[Sample]
     validation: list[Sample]
     card: dict[str, Any]
+    joint: JointCharges | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ def make_card(
             **errors,
         },
         **({"charges_alone": dict(responses)} if responses else {}),
+        **({} if task.joint is None else {"charges_trained": _parameters(settings, task.joint.elements)}),
         "reference_energies": {
             k: {chemical_symbols[z]: e for z, e in own.items()} for k, own in task.references.items()
         },
@@ -101,6 +106,28 @@ def make_card(
         },
         "versions": {"voltpi": version("voltpi"), "torch": torch.__version__},
     }
+
+
+def _parameters(settings: TrainingSettings, elements: ElementTable) -> dict[str, Any]:
+    assert settings.charges.fit is not None
+    sides = {"before": elements.start, "after": elements.table()}
+    return {
+        **settings.charges.fit.model_dump(include={"prior", "rate"}),
+        "targets": settings.charges.fit.weights(),
+        "trained": elements.trained,
+        "units": "chi, eta eV; R Å; K kcal/mol/Å²",
+        **{side: {symbol: row._asdict() for symbol, row in table.items()} for side, table in sides.items()},
+    }
+
+
+def print_parameters(console: Console, elements: ElementTable) -> None:
+    """The parameters that were trained, before and after."""
+    table = Table("charges", *elements.trained)
+    after = elements.table()
+    for symbol, row in elements.start.items():
+        pairs = ((getattr(row, name), getattr(after[symbol], name)) for name in elements.trained)
+        table.add_row(symbol, *(f"{old:.4g} → {new:.4g}" for old, new in pairs))
+    console.print(table)
 
 
 def _ending(run: TrainedRun) -> dict[str, Any]:
@@ -122,8 +149,10 @@ def print_errors(console: Console, errors: Mapping[str, Mapping[str, float]], re
         row += [f"{e['energy_rmse']:.2f}", f"{e['energy_mae']:.2f}"]
         table.add_row(*row, *([f"{e.get('stress_rmse', float('nan')):.4f}"] if stressed else []))
     console.print(table)
-    for kind, found in responses.items():
-        if kind == "frames":
+    before = responses.get("before", {})
+    named = {**responses, **{f"{kind} before": found for kind, found in before.items()}}
+    for kind, found in named.items():
+        if kind in ("frames", "frames before", "before"):
             continue
         shown = (
             found

@@ -127,6 +127,10 @@ class Data(_Strict):
         return out
 
 
+def _repulsion(value: Any) -> Any:
+    return None if value == "none" else value
+
+
 class Network(_Strict):
     """NequIP (``voltpi.potential.shortrange.nequip``); neighbours and scale come from the data."""
 
@@ -138,6 +142,7 @@ class Network(_Strict):
     radial_layers: Count = 2
     radial_hidden: Count = 64
     use_sc: bool = True
+    repulsion: Annotated[Literal["covalent"] | dict[str, Positive] | None, BeforeValidator(_repulsion)] = None
 
 
 class Weights(_Strict):
@@ -230,23 +235,35 @@ class Targets(_Strict):
     polarizability: Annotated[Number, Field(ge=0)] = 1.0
     born_charges: Annotated[Number, Field(ge=0)] = 1.0
 
-    @model_validator(mode="after")
-    def _some(self) -> Targets:
-        if not self.dipole + self.polarizability + self.born_charges > 0:
-            raise PydanticCustomError("contradiction", "all weights are 0; give at least one that is not")
-        return self
-
 
 class ChargeFitting(_Strict):
-    """Element parameters that are fitted before the network is trained (``voltpi.potential.training.charge_fit``).
+    """Element parameters that are fitted before the network is trained (``voltpi.potential.training.charge_fit``), or
+    together with it (``voltpi.potential.training.joint``).
 
-    train : which; prior : weight of what holds them to ``charges.parameters``; steps : of BFGS, at most
+    train : which; prior : weight of what holds them to ``charges.parameters``; steps : of BFGS, at most (``before``);
+    rate : their learning rate over that of the network (``joint``); targets : all 1 where not given, but for ``joint``,
+    where what is not given is 0
     """
 
+    mode: Literal["before", "joint"] = "before"
     train: Annotated[tuple[Literal["chi", "eta", "R", "K"], ...], Field(min_length=1)] = ("chi", "eta", "R", "K")
     targets: Targets = Targets()
     prior: Annotated[Number, Field(ge=0)] = 1e-4
     steps: Count = 200
+    rate: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChargeFitting:
+        other, key = ("joint", "rate") if self.mode == "before" else ("before", "steps")
+        if key in self.model_fields_set:
+            raise PydanticCustomError("contradiction", f"{key} belongs to mode: {other}; set that or remove {key}")
+        if self.mode == "before" and not any(self.weights().values()):
+            raise PydanticCustomError("contradiction", "targets: all weights are 0; give at least one that is not")
+        return self
+
+    def weights(self) -> dict[str, float]:
+        """Weight of every kind of label."""
+        return self.targets.model_dump(exclude_unset=self.mode == "joint")
 
 
 class TrainedCharges(Charges):
@@ -257,7 +274,13 @@ class TrainedCharges(Charges):
     @field_validator("fit", mode="before")
     @classmethod
     def _read_fit(cls, value: Any) -> Any:
+        if value in ("joint", "before"):
+            return {"mode": value}
         return None if value == "none" else value
+
+    def fit_of(self, mode: str) -> ChargeFitting | None:
+        """How parameters are fitted, if they are in this ``mode``."""
+        return self.fit if self.fit is not None and self.fit.mode == mode and self.model != "none" else None
 
 
 def _references(value: Any) -> Any:
@@ -325,6 +348,12 @@ class TrainingSettings(_Strict):
             out.append(("charges.model", f"charges.model: {self.charges.model} cannot be trained with; use {known}"))
         if self.charges.fit is not None and self.charges.model not in ("pqeq", "qeq", "none"):
             out.append(("charges.fit", f"charges.fit is for pqeq and qeq, not {self.charges.model}; remove it"))
+        if self.charges.fit_of("joint") and self.training.committee and self.training.committee_kind == "seeds":
+            key = "training.committee_kind"
+            sentence = (
+                f"{key}: seeds would give each member charges of its own with charges.fit: joint; use last-layers"
+            )
+            out.append((key, sentence))
         if self.coulomb.method == "taper":
             out.append(("coulomb.method", "coulomb.method: taper cannot be trained with; use auto"))
         return out

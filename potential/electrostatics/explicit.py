@@ -123,8 +123,11 @@ class ExplicitFunctional:
         waves = _waves(cell, _DECAY * math.sqrt(2 * float(sharpest)))
         return _Cell(structure, atoms, _Pairs(first, second, shift), waves, volume, cap)
 
-    def energy(self, y: Tensor, positions: Tensor, rows: Rows) -> Tensor:
-        """Ω [b] (eV) at y [n, 4] = (q, Δ) and positions [n, 3] (Å)."""
+    def energy(self, y: Tensor, positions: Tensor, rows: Rows, strain: Tensor | None = None) -> Tensor:
+        """Ω [b] (eV) at y [n, 4] = (q, Δ) and positions [n, 3] (Å).
+
+        ``strain`` [b, 3, 3]: positions and cells are r_a + s_ab r_b, shells stay.
+        """
         f = self.functional
         q, shells = y[:, 0], y[:, 1:]
         u = shells.square().sum(-1)
@@ -135,20 +138,27 @@ class ExplicitFunctional:
             spring = -0.5 * rows.stiffness * limit * torch.log1p(-u / limit)
         local = rows.chi * q + 0.5 * rows.eta * q.square() + spring
         out = torch.zeros_like(self.system.net_charge).index_add(0, self.system.batch, local)
-        pairs = self._pair_energy(self.open, y, positions, rows.alpha, None)
+        at = self._strained(positions, strain, self.system.batch)
+        pairs = self._pair_energy(self.open, y, at, rows.alpha, None)
         out = out.index_add(0, self.system.batch[self.open.first], pairs)
         if self.cells:
-            energies = torch.stack([self._cell_energy(cell, y, positions, rows) for cell in self.cells])
+            energies = torch.stack([self._cell_energy(cell, y, at, rows, strain) for cell in self.cells])
             out = out.index_add(0, out.new_tensor([c.structure for c in self.cells], dtype=torch.int64), energies)
         if bool((f.field != 0).any()):
-            out = out - (f.field * self.dipole(y, positions)).sum(-1)
+            out = out - (f.field * self.dipole(y, positions, strain)).sum(-1)
         return out
 
-    def dipole(self, y: Tensor, positions: Tensor) -> Tensor:
+    def dipole(self, y: Tensor, positions: Tensor, strain: Tensor | None = None) -> Tensor:
         """M [b, 3] (e Å); what does not feel a field enters it with its own charge."""
         f = self.functional
-        whole = self._whole + (positions - self.system.positions)
-        return f.total(y[:, :1] * whole - f.shell_coupling * f.z[:, None] * y[:, 1:]) - f.origin
+        whole = self._strained(self._whole + (positions - self.system.positions), strain, self.system.batch)
+        origin = f.origin if strain is None else f.origin + torch.einsum("bij,bj->bi", strain, f.origin)
+        return f.total(y[:, :1] * whole - f.shell_coupling * f.z[:, None] * y[:, 1:]) - origin
+
+    @staticmethod
+    def _strained(vectors: Tensor, strain: Tensor | None, structure: Tensor) -> Tensor:
+        """Vectors [m, 3] of the structures [m] in strained space."""
+        return vectors if strain is None else vectors + torch.einsum("mij,mj->mi", strain[structure], vectors)
 
     def _pair_energy(self, pairs: _Pairs, y: Tensor, positions: Tensor, alpha: Tensor, capped: Tensor | None) -> Tensor:
         """Energy of every pair [p]; ``capped``: exponents whose interaction is counted elsewhere."""
@@ -166,22 +176,30 @@ class ExplicitFunctional:
             kernel = kernel - _screened(distance, capped[i], capped[j])
         return self.k_e * (q_i * q_j * kernel).sum((1, 2))
 
-    def _cell_energy(self, cell: _Cell, y: Tensor, positions: Tensor, rows: Rows) -> Tensor:
-        """Coulomb energy of a cell with its images, without an atom's own core and shell."""
+    def _cell_energy(
+        self, cell: _Cell, y: Tensor, positions: Tensor, rows: Rows, strain: Tensor | None = None
+    ) -> Tensor:
+        """Coulomb energy of a cell with its images, without an atom's own core and shell; positions are strained."""
         alpha = rows.alpha.clamp(max=cell.cap)
-        out = self._pair_energy(cell.pairs, y, positions, rows.alpha, alpha).sum()
+        pairs, waves, volume = cell.pairs, cell.waves, cell.waves.new_tensor(cell.volume)
+        if strain is not None:
+            deformed = torch.eye(3, dtype=strain.dtype) + strain[cell.structure]
+            pairs = pairs._replace(shift=pairs.shift @ deformed.T)
+            waves = torch.linalg.solve(deformed, waves, left=False)
+            volume = volume * torch.linalg.det(deformed)
+        out = self._pair_energy(pairs, y, positions, rows.alpha, alpha).sum()
         at, shells, q, z = positions[cell.atoms], y[cell.atoms, 1:], y[cell.atoms, 0], self.functional.z[cell.atoms]
         alpha, true = alpha[cell.atoms], rows.alpha[cell.atoms]
-        square = cell.waves.square().sum(-1)
+        square = waves.square().sum(-1)
         shape = torch.exp(-square / (4 * alpha[:, None]))
-        at_core, at_shell = at @ cell.waves.T, (at + shells) @ cell.waves.T
+        at_core, at_shell = at @ waves.T, (at + shells) @ waves.T
         real = (shape * ((q + z)[:, None] * torch.cos(at_core) - z[:, None] * torch.cos(at_shell))).sum(0)
         imaginary = (shape * ((q + z)[:, None] * torch.sin(at_core) - z[:, None] * torch.sin(at_shell))).sum(0)
-        out = out + (4 * math.pi * self.k_e / cell.volume) * ((real.square() + imaginary.square()) / square).sum()
+        out = out + (4 * math.pi * self.k_e / volume) * ((real.square() + imaginary.square()) / square).sum()
         own = 0.5 * alpha  # exponent of a Gaussian with its like
         itself = ((q + z).square() + z.square()) * (own / math.pi).sqrt()
         out = out - self.k_e * (itself - (q + z) * z * _near(shells.square().sum(-1), own)).sum()
-        background = math.pi * self.k_e / cell.volume
+        background = math.pi * self.k_e / volume
         return out - background * q.sum() * (q * (1 / alpha - 1 / true)).sum()
 
 

@@ -7,8 +7,9 @@ The stationary point y*(θ), ∂Ω/∂y = 0 on the constraint surface, and the r
     μ_a = H⁻¹ ∂L/∂X_a:    dL/d(y, θ) = ∂L/∂(y, θ) − Σ_a ∂/∂(y, θ) [μ_aᵀ H X_a]
 
 one linear solve each on the constraint surface, as nodes of torch's graph; everything between them (energy, forces,
-dipole, polarizability, Born charges) is :class:`~voltpi.potential.electrostatics.explicit.ExplicitFunctional`. The
-energy needs no adjoint: at the stationary point its derivative is the partial one (Hellmann–Feynman).
+virial, dipole, polarizability, Born charges) is
+:class:`~voltpi.potential.electrostatics.explicit.ExplicitFunctional`. The energy needs no adjoint: at the stationary
+point its derivative is the partial one (Hellmann–Feynman).
 """
 
 from __future__ import annotations
@@ -73,6 +74,13 @@ class DifferentiablePQEq:
         """−∂Ω/∂r at fixed charges and shells, [n, 3], eV/Å."""
         energy = self._problem.explicit.energy(self.y, self._positions, self.rows)
         return -torch.autograd.grad(energy.sum(), self._positions, create_graph=True)[0]
+
+    def forces_and_virial(self) -> tuple[Tensor, Tensor]:
+        """The forces and −∂Ω/∂strain at fixed charges and shells [b, 3, 3] (eV), as ``PQEq.solve`` has them."""
+        strain = torch.zeros_like(self._problem.functional.system.cell).requires_grad_()
+        energy = self._problem.explicit.energy(self.y, self._positions, self.rows, strain)
+        pulled, stretched = torch.autograd.grad(energy.sum(), (self._positions, strain), create_graph=True)
+        return -pulled, -stretched
 
     def responses(self, *, born_charges: bool = False) -> tuple[Tensor, Tensor | None]:
         """Polarizability [b, 3, 3] (Å³) and Born charges [n, 3, 3] (e; atom, dipole, displacement) at fixed field."""

@@ -10,7 +10,7 @@ its mean is the prior alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -38,8 +38,13 @@ __all__ = [
     "ElementTable",
     "FitResult",
     "Target",
+    "TargetBatch",
     "errors_of",
+    "joined",
+    "label_squares",
+    "make_target",
     "make_targets",
+    "squared_errors",
     "write_table",
 ]
 
@@ -148,28 +153,50 @@ class Target(NamedTuple):
     quanta: Tensor
 
 
-def make_targets(model: PQEq, samples: Sequence[Sample]) -> list[Target]:
-    """The labels of samples that have any; dipoles of charged frames, which depend on the origin, are left out.
+def make_target(model: PQEq, sample: Sample) -> Target:
+    """A sample with its labels, if any; the dipole of a charged frame, which depends on the origin, is left out.
 
     Raises InputError for a frame in a field that not all charges feel: those of a run's first structure are not known.
     """
-    out = []
-    for sample in samples:
-        if model.response != "all" and bool((sample.systems.field != 0).any()):
-            raise InputError(
-                f"{sample.path}, frame {sample.frame}: is in a field, but charges.response is {model.response}: set it "
-                "to all (in periodic cells with charges.conserve: fragments)"
-            )
-        labels = {kind: torch.as_tensor(value, dtype=torch.float64) for kind, value in sample.observed.items()}
-        if float(sample.systems.net_charge[0]) != 0:
-            labels.pop("dipole", None)
-        if labels:
-            systems = assign_fragments(sample.systems) if model.conserve == "fragments" else sample.systems
-            out.append(Target(systems, labels, systems.cell[0][systems.pbc[0]]))
-    return out
+    if model.response != "all" and bool((sample.systems.field != 0).any()):
+        raise InputError(
+            f"{sample.path}, frame {sample.frame}: is in a field, but charges.response is {model.response}: set it "
+            "to all (in periodic cells with charges.conserve: fragments)"
+        )
+    labels = {kind: torch.as_tensor(value, dtype=torch.float64) for kind, value in sample.observed.items()}
+    if float(sample.systems.net_charge[0]) != 0:
+        labels.pop("dipole", None)
+    systems = assign_fragments(sample.systems) if model.conserve == "fragments" else sample.systems
+    return Target(systems, labels, systems.cell[0][systems.pbc[0]])
 
 
-class _Batch(NamedTuple):
+def make_targets(model: PQEq, samples: Sequence[Sample]) -> list[Target]:
+    """Samples that have labels of their charges. Raises InputError as :func:`make_target`."""
+    return [target for target in (make_target(model, sample) for sample in samples) if target.labels]
+
+
+def label_squares(targets: Sequence[Target], weights: Mapping[str, float]) -> dict[str, float]:
+    """Σ |label|² of every kind of label that has a weight and is there.
+
+    Raises InputError where none is, and where all labels of a kind are 0.
+    """
+    there = {kind for target in targets for kind in target.labels}
+    kinds = [kind for kind, weight in weights.items() if weight and kind in there]
+    if not kinds:
+        raise InputError(
+            f"charges.targets asks for {', '.join(k for k, w in weights.items() if w)} but no frame has such a "
+            "label: name it under data.labels, or change charges.targets"
+        )
+    squares = {
+        kind: sum(float(_known(t.labels[kind]).square().sum()) for t in targets if kind in t.labels) for kind in kinds
+    }
+    for kind, square in squares.items():
+        if not square:
+            raise InputError(f"every {kind} label is 0, so that there is nothing to fit to: set its weight to 0")
+    return squares
+
+
+class TargetBatch(NamedTuple):
     """Structures that are solved for together, with the labels of all: NaN where there is none."""
 
     systems: Systems
@@ -179,7 +206,7 @@ class _Batch(NamedTuple):
     quanta: list[Tensor]
 
 
-def _batches(targets: Sequence[Target]) -> list[_Batch]:
+def _batches(targets: Sequence[Target]) -> list[TargetBatch]:
     """Clusters side by side, cells one by one (their sums share nothing)."""
     groups: list[list[Target]] = []
     filled = math.inf
@@ -190,24 +217,41 @@ def _batches(targets: Sequence[Target]) -> list[_Batch]:
             filled = 0
         groups[-1].append(target)
         filled += size
-    out = []
-    for group in groups:
-        shapes = {"dipole": (3,), "polarizability": (3, 3)}
-        missing = {kind: torch.full(shape, torch.nan, dtype=torch.float64) for kind, shape in shapes.items()}
-        born = [
-            t.labels.get("born_charges", torch.full((t.systems.n_atoms, 3, 3), torch.nan, dtype=torch.float64))
-            for t in group
-        ]
-        stacked = {kind: torch.stack([t.labels.get(kind, none) for t in group]) for kind, none in missing.items()}
-        out.append(
-            _Batch(
-                Systems.join([t.systems for t in group]),
-                dipole=stacked["dipole"],
-                polarizability=stacked["polarizability"],
-                born_charges=torch.cat(born),
-                quanta=[t.quanta for t in group],
-            )
-        )
+    return [joined(group) for group in groups]
+
+
+def joined(targets: Sequence[Target]) -> TargetBatch:
+    """Structures side by side."""
+    shapes = {"dipole": (3,), "polarizability": (3, 3)}
+    missing = {kind: torch.full(shape, torch.nan, dtype=torch.float64) for kind, shape in shapes.items()}
+    born = [
+        t.labels.get("born_charges", torch.full((t.systems.n_atoms, 3, 3), torch.nan, dtype=torch.float64))
+        for t in targets
+    ]
+    stacked = {kind: torch.stack([t.labels.get(kind, none) for t in targets]) for kind, none in missing.items()}
+    return TargetBatch(
+        Systems.join([t.systems for t in targets]),
+        dipole=stacked["dipole"],
+        polarizability=stacked["polarizability"],
+        born_charges=torch.cat(born),
+        quanta=[t.quanta for t in targets],
+    )
+
+
+def squared_errors(answer: DifferentiablePQEq, batch: TargetBatch, kinds: Collection[str]) -> dict[str, Tensor]:
+    """Σ (ours − label)² of every structure [b] by kind of label; 0 where there is none."""
+    out = {}
+    if "dipole" in kinds:
+        difference = answer.dipole - batch.dipole
+        whole = torch.stack([_quanta(d, lattice) for d, lattice in zip(difference, batch.quanta, strict=True)])
+        out["dipole"] = _known(difference - whole).square().sum(1)
+    if "polarizability" in kinds or "born_charges" in kinds:
+        alpha, born = answer.responses(born_charges="born_charges" in kinds)
+        if "polarizability" in kinds:
+            out["polarizability"] = _known(alpha - batch.polarizability).square().sum((1, 2))
+        if born is not None:
+            square = _known(born - batch.born_charges).square().sum((1, 2))
+            out["born_charges"] = torch.zeros_like(alpha[:, 0, 0]).index_add(0, batch.systems.batch, square)
     return out
 
 
@@ -247,13 +291,8 @@ class ChargeFit:
         prior: float = 1e-4,
         folder: str | Path | None = None,
     ) -> None:
-        there = {kind for target in targets for kind in target.labels}
-        self.weights = {kind: weight for kind, weight in weights.items() if weight and kind in there}
-        if not self.weights:
-            raise InputError(
-                f"charges.targets asks for {', '.join(k for k, w in weights.items() if w)} but no frame has such a "
-                "label: name it under data.labels, or change charges.targets"
-            )
+        self._norms = label_squares(targets, weights)
+        self.weights = {kind: weights[kind] for kind in self._norms}
         counted = [t for t in targets if t.labels.keys() & self.weights.keys()]
         numbers = sorted({z for t in counted for z in t.systems.numbers.tolist()})
         self.elements = ElementTable(model.parameters, [chemical_symbols[z] for z in numbers], trained)
@@ -261,12 +300,6 @@ class ChargeFit:
         self.folder = None if folder is None else Path(folder)
         self._batches = _batches(counted)
         self._starts: list[tuple[Tensor, Tensor] | None] = [None] * len(self._batches)
-        self._norms: dict[str, float] = {}
-        for kind in self.weights:
-            square = sum(float(_known(getattr(batch, kind)).square().sum()) for batch in self._batches)
-            if not square:
-                raise InputError(f"every {kind} label is 0, so that there is nothing to fit to: set its weight to 0")
-            self._norms[kind] = square
 
     def __call__(self, *, gradient: bool = True) -> tuple[float, dict[str, float]]:
         """The loss, and relative errors (root of the relative squared error) by kind; gradients are left in place."""
@@ -287,25 +320,14 @@ class ChargeFit:
                 squares[kind] += float(error.detach())
         return total, {kind: math.sqrt(square / self._norms[kind]) for kind, square in squares.items()}
 
-    def _errors(self, k: int, batch: _Batch) -> dict[str, Tensor]:
+    def _errors(self, k: int, batch: TargetBatch) -> dict[str, Tensor]:
         """Squared errors of one batch by kind."""
         rows = self.elements.rows(batch.systems.numbers)
         table = {**self.model.parameters, **self.elements.table()}
         answer = DifferentiablePQEq(self.model, batch.systems, table, rows, self._starts[k])
         y = answer.y.detach()
         self._starts[k] = (y[:, 0], y[:, 1:])
-        out = {}
-        if "dipole" in self._norms:
-            difference = answer.dipole - batch.dipole
-            whole = torch.stack([_quanta(d, lattice) for d, lattice in zip(difference, batch.quanta, strict=True)])
-            out["dipole"] = _known(difference - whole).square().sum()
-        if {"polarizability", "born_charges"} & self._norms.keys():
-            alpha, born = answer.responses(born_charges="born_charges" in self._norms)
-            if "polarizability" in self._norms:
-                out["polarizability"] = _known(alpha - batch.polarizability).square().sum()
-            if born is not None:
-                out["born_charges"] = _known(born - batch.born_charges).square().sum()
-        return out
+        return {kind: squares.sum() for kind, squares in squared_errors(answer, batch, self._norms).items()}
 
     # -- descent -------------------------------------------------------------------------------------------------
 

@@ -113,6 +113,8 @@ def _read(source: Source) -> list[Atoms]:
         else:
             # read by content only where the name does not say it: an ".xyz" with labels is extended XYZ
             known = "extxyz" if path.suffix in (".xyz", ".extxyz") else None
+            if known:
+                _require_no_gaps(path)
             for atoms in iread(path, index=source.frames, format=known):
                 frames.append(atoms)  # one by one: their number says where reading failed
     except (OSError, ValueError, KeyError, IndexError, AssertionError, UnknownFileTypeError) as error:
@@ -124,6 +126,25 @@ def _read(source: Source) -> list[Atoms]:
     if not frames:
         raise InputError(f"{path}: no frames for index '{source.frames}': give a file that holds structures")
     return frames
+
+
+def _require_no_gaps(path: Path) -> None:
+    """ASE takes a blank line between frames for the end of the file, and would leave out what follows."""
+    with path.open() as lines:
+        row = 0
+        while line := lines.readline():
+            row += 1
+            if not line.strip():
+                if any(rest.strip() for rest in lines):
+                    raise InputError(
+                        f"{path}, line {row}: blank, where reading ends: remove it to keep the rest"
+                    )
+                return
+            if not line.strip().isdigit():
+                return  # not a number of atoms: for the reader to say
+            for _ in range(int(line) + 1):
+                lines.readline()
+            row += int(line) + 1
 
 
 def _from_database(path: Path, index: str) -> list[Atoms]:

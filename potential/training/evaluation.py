@@ -39,7 +39,7 @@ def evaluate_samples(network: nn.Module, samples: Sequence[Sample]) -> list[Eval
         if not full and k + 1 < len(samples):
             continue
         batch = collate([pack(s, dtype=first.dtype, device=first.device) for s in group])
-        energy, forces, stress, _ = predict(network, batch, create_graph=False)
+        energy, forces, stress, *_ = predict(network, batch, create_graph=False)
         parts = forces.cpu().double().split([s.systems.n_atoms for s in group])
         for i, own in enumerate(group):
             tensor = None if own.stress is None or stress is None else stress[i].cpu().double().numpy()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from voltpi.potential.shortrange.latent import exchanged
 from voltpi.potential.shortrange.nequip import NequIP
 from voltpi.potential.training.dataset import Sample
+from voltpi.potential.training.joint import Charged, JointCharges
 from voltpi.potential.training.latent import Interaction, long_range_of
 
 __all__ = ["Batch", "Errors", "Loss", "Prediction", "by_atoms", "collate", "pack", "predict"]
@@ -25,7 +26,8 @@ class Batch(NamedTuple):
     numbers [n] int64 · edge_index [2, e] int64 (centre i, neighbour j) · vectors [e, 3] r_j + shift − r_i, Å ·
     structure [n] int64 · n_atoms [b] · energy [b] eV · forces [n, 3] eV/Å · weight [b] (of the data set) ·
     stress [b, 3, 3] eV/Å³ · volume [b] Å³, 0 for a structure without a stress label · stressed: how many have one ·
-    latent: what the latent charges of every structure do to each other, empty for a network without
+    latent: what the latent charges of every structure do to each other, empty for a network without · charged: the
+    structures as charge equilibration takes them, empty where it is not trained along
     """
 
     numbers: Tensor
@@ -40,23 +42,29 @@ class Batch(NamedTuple):
     volume: Tensor
     stressed: int
     latent: tuple[Interaction, ...] = ()
+    charged: tuple[Charged, ...] = ()
 
 
 class Prediction(NamedTuple):
     """energy [b] eV · forces [n, 3] eV/Å · stress [b, 3, 3] eV/Å³ (zero where there is no label), or None.
 
     excess [b] e²: by how much latent charges did not add up by themselves, Σ over groups of (sum − total)², or None.
+    misfit [b]: weighted relative squared errors of dipoles and the like, where charges are trained along, or None.
     """
 
     energy: Tensor
     forces: Tensor
     stress: Tensor | None
     excess: Tensor | None = None
+    misfit: Tensor | None = None
 
     def detach(self) -> Prediction:
         """The numbers alone."""
         return Prediction(
-            self.energy.detach(), self.forces.detach(), None if self.stress is None else self.stress.detach()
+            self.energy.detach(),
+            self.forces.detach(),
+            None if self.stress is None else self.stress.detach(),
+            misfit=None if self.misfit is None else self.misfit.detach(),
         )
 
 
@@ -103,6 +111,7 @@ def collate(parts: Sequence[Batch]) -> Batch:
         volume=torch.cat([p.volume for p in parts]),
         stressed=sum(p.stressed for p in parts),
         latent=tuple(x for p in parts for x in p.latent),
+        charged=tuple(x for p in parts for x in p.charged),
     )
 
 
@@ -120,24 +129,24 @@ def by_atoms(parts: Iterable[Batch], atoms: int) -> list[Batch]:
     return [collate(group) for group in groups]
 
 
-def predict(network: nn.Module, batch: Batch, *, create_graph: bool) -> Prediction:
+def predict(network: nn.Module, batch: Batch, *, create_graph: bool, charges: JointCharges | None = None) -> Prediction:
     """Energies, forces and (where labelled) stresses of ``network``; ``create_graph`` to train through them.
 
     With v = r_j + shift − r_i and g = ∂E/∂v, ∂E/∂r_j = g and ∂E/∂r_i = −g, so the force on i gains g and that on j
     loses it; a strain scales every v, so the stress is Σ g ⊗ v / V, made symmetric. Latent charges add their Coulomb
-    energy, with what it does at fixed charges.
+    energy, with what it does at fixed charges; ``charges`` that are trained along add theirs.
     """
     vectors = batch.vectors.detach().requires_grad_()
     forces, strained = torch.zeros_like(batch.forces), torch.zeros_like(batch.stress)
     excess: Tensor | None = None
     if batch.latent:
         assert isinstance(network, NequIP)
-        atomic, charges = network.with_charges(batch.numbers, batch.edge_index, vectors)
+        atomic, latent = network.with_charges(batch.numbers, batch.edge_index, vectors)
         moment = None
         if batch.latent[0].exchanged is not None:
             edges, count = batch.edge_index, len(batch.energy)
-            charges, moment = exchanged(network.cutoff, charges, edges, vectors, batch.structure, count)
-        coulomb, forces, strained, excess = long_range_of(charges, batch.latent)
+            latent, moment = exchanged(network.cutoff, latent, edges, vectors, batch.structure, count)
+        coulomb, forces, strained, excess = long_range_of(latent, batch.latent)
         if moment is not None:
             fields = torch.stack([x.scale * x.field for x in batch.latent])
             coulomb = coulomb - (fields * moment).sum(1)
@@ -146,6 +155,11 @@ def predict(network: nn.Module, batch: Batch, *, create_graph: bool) -> Predicti
         atomic = network(batch.numbers, batch.edge_index, vectors).reshape(-1)
         energy = torch.zeros_like(batch.energy).index_add(0, batch.structure, atomic)
     (g,) = torch.autograd.grad(energy.sum(), vectors, create_graph=create_graph)
+    misfit: Tensor | None = None
+    if charges is not None:
+        part = charges(batch.charged, stress=bool(batch.stressed))
+        energy, forces = energy + part.energy.to(energy), forces + part.forces.to(energy)
+        strained, misfit = strained + part.strain.to(energy), part.misfit.to(energy)
     centre, neighbour = batch.edge_index
     forces = forces.index_add(0, centre, g).index_add(0, neighbour, g, alpha=-1)
     stress = None
@@ -154,7 +168,7 @@ def predict(network: nn.Module, batch: Batch, *, create_graph: bool) -> Predicti
         strained = strained.index_add(0, batch.structure[centre], products)
         per_volume = torch.where(batch.volume > 0, 1 / batch.volume.clamp(min=1e-12), 0.0)
         stress = 0.5 * (strained + strained.transpose(1, 2)) * per_volume[:, None, None]
-    answer = Prediction(energy, forces, stress, excess)
+    answer = Prediction(energy, forces, stress, excess, misfit)
     return answer if create_graph else answer.detach()
 
 
@@ -163,7 +177,8 @@ class Loss:
     """Weighted mean of squared errors of energy per atom, force and stress components.
 
     loss = energy · ⟨w h(ΔE/N)⟩ + forces · ⟨w h(|ΔF|)⟩/3 + stress · ⟨w h(|Δσ|)⟩/9, averaged over structures, atoms and
-    structures with a stress label; w the weight of the data set, h(x) = x². With a Huber threshold δ, h(x) =
+    structures with a stress label; w the weight of the data set, h(x) = x². The misfit of charges that are trained
+    along brings weights of its own. With a Huber threshold δ, h(x) =
     δ(2|x| − δ) beyond |x| = δ, so that a wrong label pulls with a bounded gradient; errors of vectors and tensors enter
     with their norm, which keeps the loss rotation invariant.
 
@@ -198,6 +213,8 @@ class Loss:
             total = total + self.stress * stress_term
         if answer.excess is not None and self.neutrality:
             total = total + self.neutrality * (batch.weight * answer.excess).sum() / structures
+        if answer.misfit is not None:
+            total = total + (batch.weight * answer.misfit).sum() / structures
         return total
 
     @staticmethod
@@ -246,6 +263,10 @@ class Errors:
         self.sums[1] += structures
         self.sums[6] += components
         self.sums[8] += 9.0 * batch.stressed
+
+    def spoil(self) -> None:
+        """What is counted here has no errors, as there is no prediction."""
+        self.sums[[0, 2, 3, 4, 5, 7]] = math.nan
 
     def means(self) -> dict[str, float]:
         """Mean loss, force RMSE and MAE (eV/Å), energy RMSE and MAE (meV/atom), stress RMSE (GPa) where labelled."""

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from voltpi.potential.errors import InputError, VoltPIError
+from voltpi.potential.errors import InputError, NoStablePointError, NotConvergedError, VoltPIError
 from voltpi.potential.training.config import Reason, State, TrainConfig, TrainResult
 from voltpi.potential.training.dataset import Sample
 from voltpi.potential.training.display import Display
+from voltpi.potential.training.joint import JointCharges
 from voltpi.potential.training.loss import Batch, Errors, Prediction, by_atoms, collate, pack, predict
 from voltpi.potential.training.signals import SoftStop
 from voltpi.potential.training.splitting import check_disjoint
@@ -40,6 +41,10 @@ class Trainer:
     ``best.safetensors`` (averaged weights of the best validation, see ``read_weights``). ``card`` is JSON-able and goes
     along with the weights. Without ``validation`` the training loss decides what is best.
 
+    ``charges`` are trained along (the labels of the samples then contain them): their parameters are averaged, saved
+    and resumed as those of the network. Where these leave a structure without a stable stationary point the step is
+    skipped and they go halfway back to their averages; a validation without one is never the best.
+
     Where torch's process group is initialised every process builds the same trainer and calls ``fit``.
     """
 
@@ -53,6 +58,7 @@ class Trainer:
         *,
         card: Mapping[str, Any] | None = None,
         progress: bool = True,
+        charges: JointCharges | None = None,
     ) -> None:
         if not train:
             raise InputError("no structures to train on: give at least one")
@@ -71,28 +77,38 @@ class Trainer:
         trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
         if not trained:
             raise InputError("every parameter of the network is frozen: leave some to train")
+        groups = [{"params": list(trained.values()), "factor": 1.0, "weight_decay": config.weight_decay}]
+        self.charges = charges
+        if charges is not None:
+            for name, p in charges.named_parameters(prefix="charges"):
+                trained[name] = p
+                groups.append({"params": [p], "factor": charges.rates[name.rpartition(".")[2]], "weight_decay": 0.0})
         self.names, self.parameters = list(trained), list(trained.values())
         self.average = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
+            groups,
             lr=config.learning_rate,
-            weight_decay=config.weight_decay,
             amsgrad=config.amsgrad,
             fused=True,
         )
-        self.train = [pack(s, dtype=dtype, device=self.device) for s in train]
+        self.train = [self._packed(s) for s in train]
         self.validation: dict[str, list[Batch]] = {}
         for name in dict.fromkeys(s.dataset for s in validation):
-            own = (pack(s, dtype=dtype, device=self.device) for s in validation if s.dataset == name)
-            self.validation[name] = by_atoms(own, VALIDATION_ATOMS)
+            parts = (self._packed(s) for s in validation if s.dataset == name)
+            self.validation[name] = by_atoms(parts, VALIDATION_ATOMS)
         self.state = State()
         self._log = Log(self.folder / "log.csv", self._columns(validation))
         self._errors = Errors(self.device)
         self._bad_steps = 0
+        self._unstable = ""  # what the charges last failed of
         self._stop = SoftStop()
         self._steps = math.ceil(len(train) / config.batch_size)  # of the running epoch
         self._started = self._saved = time.monotonic()
         self._clock: float | None = None  # seconds, where all processes have to agree on them
+
+    def _packed(self, sample: Sample) -> Batch:
+        batch = pack(sample, dtype=getattr(torch, self.config.dtype), device=self.device)
+        return batch if self.charges is None else batch._replace(charged=(self.charges.add(sample),))
 
     def _columns(self, validation: Sequence[Sample]) -> list[str]:
         def names(prefix: str, stressed: bool) -> list[str]:
@@ -135,10 +151,19 @@ class Trainer:
         return TrainResult(reason, state.epoch, state.best_epoch, state.best_score, dict(state.metrics))
 
     def load_best(self) -> nn.Module:
-        """The network with the best averaged weights of this folder, which :meth:`validate` then judges."""
+        """The network (and charges) with the best averaged weights of this folder; :meth:`validate` then judges it.
+
+        Raises VoltPIError where no validation has given a number.
+        """
         self.workers.barrier()
-        weights, _ = read_weights(self.folder / "best.safetensors")
-        self.network.load_state_dict(weights)
+        best = self.folder / "best.safetensors"
+        if not best.exists():
+            raise VoltPIError(
+                f"no validation gave finite errors, so that {self.folder} has no best weights: lower learning_rate "
+                f"(now {self.config.learning_rate}){self._about_charges()}"
+            )
+        weights, _ = read_weights(best)
+        self._put(weights)
         with torch.no_grad():
             torch._foreach_copy_(self.average, self.parameters)
         return self.network
@@ -175,7 +200,7 @@ class Trainer:
     def _step(self, indices: Sequence[int]) -> None:
         rate = self._rate()
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         self.optimizer.zero_grad(set_to_none=True)
         counts = self.config.loss.counts([self.train[i] for i in indices])
         own = [self.train[i] for i in self.workers.share(indices)]
@@ -183,14 +208,23 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         if own:
             batch = collate(own)
-            answer = predict(self.network, batch, create_graph=True)
-            loss = self.config.loss(answer, batch, counts)
-            loss.backward()
-        self.workers.sum([_gradient(p) for p in self.parameters] if self.workers.shared else [])
+            try:
+                answer = predict(self.network, batch, create_graph=True, charges=self.charges)
+                loss = self.config.loss(answer, batch, counts)
+                if self.charges is not None:
+                    loss = loss + self.charges.prior * self.charges.elements.drift() * (len(own) / counts[0])
+                loss.backward()
+            except (NoStablePointError, NotConvergedError) as error:
+                self._failed(error, batch)
+                for p in self.parameters:
+                    p.grad = torch.full_like(p, math.nan)  # seen by all processes
         limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
-        norm = nn.utils.clip_grad_norm_(self.parameters, limit)
-        # a loss that is not finite has no finite gradient; the norm is the same in all processes
-        if not math.isfinite(float(norm)):
+        norms = []
+        for group in self.optimizer.param_groups:
+            self._sum_gradients(group["params"])
+            norms.append(float(nn.utils.clip_grad_norm_(group["params"], limit)))
+        # a loss that is not finite has no finite gradient; the norms are the same in all processes
+        if not all(map(math.isfinite, norms)):
             self._skip()
             return
         self._bad_steps = 0
@@ -207,6 +241,26 @@ class Trainer:
                 share = counts[0] / len(own)  # the loss of a share is its part of the batch's
                 self._errors.add(answer.detach(), batch, loss.detach() * share)
 
+    def _sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        if self.workers.shared:
+            there = [_gradient(p).to(self.device) for p in parameters]
+            self.workers.sum(there)
+            for p, gradient in zip(parameters, there, strict=True):
+                _gradient(p).copy_(gradient)
+
+    def _failed(self, error: VoltPIError, batch: Batch) -> None:
+        """Charges found no stable point: the last answers of the batch are no start for the next ones."""
+        if self.charges is None:
+            raise error
+        self._unstable = str(error)
+        self.charges.forget(batch.charged)
+
+    def _about_charges(self) -> str:
+        if self.charges is None:
+            return ""
+        last = f"; the charges last said: {self._unstable}" if self._unstable else ""
+        return f" or charges.fit.rate (now {self.charges.rate:g}), or raise charges.fit.prior{last}"
+
     def _skip(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         self.state.skipped += 1
@@ -214,8 +268,13 @@ class Trainer:
         if self._bad_steps >= MAX_BAD_STEPS:
             raise VoltPIError(
                 f"{MAX_BAD_STEPS} steps in a row gave numbers that are not finite: lower learning_rate "
-                f"(now {self.config.learning_rate}) or clip_norm"
+                f"(now {self.config.learning_rate}) or clip_norm{self._about_charges()}"
             )
+        if self.charges is not None:
+            with torch.no_grad():
+                for name, p, average in zip(self.names, self.parameters, self.average, strict=True):
+                    if name.startswith("charges."):
+                        p.lerp_(average, 0.5)
 
     def _end_epoch(self, display: Display) -> None:
         state, config = self.state, self.config
@@ -248,7 +307,7 @@ class Trainer:
             state.best_score, state.best_epoch, state.waited = score, state.epoch, 0
             if self.workers.first:
                 with self.averaged():
-                    write_tensors(self.folder / "best.safetensors", self.network.state_dict(), self._header())
+                    write_tensors(self.folder / "best.safetensors", self._weights(), self._header())
         if score < state.plateau_best:
             state.plateau_best, state.plateau_wait = score, 0
             return
@@ -308,7 +367,12 @@ class Trainer:
             for name, batches in self.validation.items():
                 errors = Errors(self.device)
                 for batch in self.workers.share(batches):
-                    answer = predict(self.network, batch, create_graph=False)
+                    try:
+                        answer = predict(self.network, batch, create_graph=False, charges=self.charges)
+                    except (NoStablePointError, NotConvergedError) as error:
+                        self._failed(error, batch)
+                        errors.spoil()
+                        break
                     errors.add(answer, batch, self.config.loss(answer, batch))
                 self.workers.sum([errors.sums])
                 total.sums += errors.sums
@@ -319,6 +383,19 @@ class Trainer:
         return {"loss": total.means()["loss"], **row}
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What is trained, as the network names it; charges with a name before theirs."""
+        own = {} if self.charges is None else self.charges.state_dict(prefix="charges.")
+        return {**self.network.state_dict(), **own}
+
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        """The reverse of :meth:`_weights`. Raises RuntimeError where the weights are others'."""
+        if self.charges is not None:
+            own = {k for k in weights if k.startswith("charges.")}
+            self.charges.load_state_dict({k.removeprefix("charges."): weights[k] for k in own})
+            weights = {k: v for k, v in weights.items() if k not in own}
+        self.network.load_state_dict(weights)
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -334,10 +411,12 @@ class Trainer:
         self._saved = time.monotonic()
         if not self.workers.first:
             return
-        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        tensors = {f"network.{k}": v for k, v in self._weights().items()}
         tensors |= {f"average.{name}": v for name, v in zip(self.names, self.average, strict=True)}
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{self.names[i]}.{k}": v for k, v in moments.items()}
+        if self.charges is not None:
+            tensors["answers"] = self.charges.answers()
         tensors |= {"rng.cpu": torch.get_rng_state(), "errors": self._errors.sums}
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -349,7 +428,7 @@ class Trainer:
         if {k[8:] for k in tensors if k.startswith("average.")} != set(self.names):
             raise InputError(f"{path}: other parameters were trained in this run: resume with the same settings")
         try:
-            self.network.load_state_dict(network)
+            self._put(network)
         except RuntimeError as error:
             raise InputError(f"{path}: made by another network ({error}): resume with the same settings") from error
         for name, average in zip(self.names, self.average, strict=True):
@@ -361,6 +440,8 @@ class Trainer:
                 moments.setdefault(self.names.index(name), {})[moment] = tensor
         # hyperparameters come from the present settings, only moments from the file
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        if self.charges is not None:
+            self.charges.take_answers(tensors["answers"])
         self._errors.sums.copy_(tensors["errors"] if self.workers.first else torch.zeros(9))  # are summed later
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:

@@ -76,6 +76,11 @@ FITTED = {
 From ``fit_charges`` on every 16th training frame with ``limiter: none`` and a slightly different prior; a repeat ends
 at other values of the same quality, since η, R and K make up for one another.
 """
+FITTED_QEQ = {
+    "H": ElementParameters(4.98094, 9.46984, 0.0, 1.38083, 2037.2),
+    "O": ElementParameters(16.4687, 24.525, 0.0, 0.302437, 414.045),
+}
+"""Charge equilibration for comparison, from ``fit_charges`` without shells: two training frames, 25 steps."""
 START = {
     "H": ElementParameters(4.72484, 20.0, 1.0, 0.371, 2037.2),
     "O": ElementParameters(16.72484, 20.0, 1.0, 0.669, 414.045),
@@ -234,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--basis", type=int, default=NETWORK["n_basis"])
     parser.add_argument("--start", help="a model whose network is widened and trained further")
     parser.add_argument("--charges", choices=("pqeq", "qeq", "none"), default="pqeq")
-    parser.add_argument("--fit-charges", action="store_true", help="refit the charges first (qeq: always)")
+    parser.add_argument("--fit-charges", action="store_true", help="refit the charges first")
     parser.add_argument("--export-only", action="store_true", help="write the model from the best weights so far")
     parser.add_argument(
         "--note", default="made by potential/training/water.py", help="how it was trained, for the card"
@@ -276,8 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _charges(options: argparse.Namespace, console: Console) -> PQEq | None:
     if options.charges == "none":
         return None
-    parameters = FITTED
-    if options.fit_charges or options.charges == "qeq":
+    parameters = FITTED if options.charges == "pqeq" else FITTED_QEQ
+    if options.fit_charges:
         frames = read_frames(_field_source(options.data / "efield_water_train.xyz"))
         parameters = fit_charges(frames[3::16], console, shells=options.charges == "pqeq")
     return charge_model(parameters)

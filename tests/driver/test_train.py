@@ -186,6 +186,21 @@ def test_other_settings_do_not_go_on(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [row["epoch"] for row in log(tmp_path / "water")] == ["0", "1"]
 
 
+def test_a_repulsion_is_not_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The model has what the settings name, and the network's scale is that of the rest."""
+    changes = {"charges": {"model": "none"}, "training.epochs": 1}
+    scales = []
+    for name, repulsion in (("bare", "none"), ("walled", {"O-H": 1.6})):
+        config = configured(tmp_path / name, **changes, **{"network.repulsion": repulsion})
+        assert main(["train", str(config), "--quiet"]) == 0
+        network = load_potential(tmp_path / name / "water" / "water.safetensors").short_range
+        assert network.config["repulsion"] == (None if repulsion == "none" else repulsion)
+        scales.append(float(network.scale[0]))
+    assert scales[0] != pytest.approx(scales[1], rel=0.05)
+    error = refused(capsys, "train", str(config), "--quiet", "--set", "network.repulsion={O-H: 9}", "--set", "output=x")
+    assert "repulsion ends at 9 Å, beyond r_max" in error
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     changes = {
@@ -280,8 +295,11 @@ def test_finetuning_an_imported_checkpoint(tmp_path: Path) -> None:
     assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
 
 
-def test_finetuning_refusals(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finetuning_refusals(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "new.xyz", shifted(16), format="extxyz")
+    monkeypatch.chdir(tmp_path)
 
     def said(*arguments: str) -> str:
         out = ["--out", str(tmp_path / "out"), "--set", "data.validation=0.3", "--quiet"]
@@ -296,6 +314,7 @@ def test_finetuning_refusals(model: str, tmp_path: Path, capsys: pytest.CaptureF
     assert "frame 16: has S, which model water.safetensors does not know (it knows H, O)" in said()
     wrong = refused(capsys, "finetune", str(tmp_path / "none.safetensors"), str(tmp_path / "new.xyz"))
     assert "neither a shipped model" in wrong
+    assert not (tmp_path / "none-finetuned").exists()  # no empty folder
 
 
 # -- bad data --------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ def answers(problem: DifferentiablePQEq) -> dict[str, torch.Tensor]:
     return {
         "energy": problem.energy,
         "forces": problem.forces,
+        "virial": problem.forces_and_virial()[1],
         "dipole": problem.dipole,
         "polarizability": polarizability,
         "born_charges": born,

@@ -421,3 +421,15 @@ def test_scale_of_a_network_is_of_what_a_repulsion_leaves(tmp_path: Path) -> Non
     samples = load_dataset(source, 2.5)
     assert summarize(samples).force_rms > 5
     assert summarize(samples, wall).force_rms == pytest.approx(np.sqrt(np.mean(own**2)), rel=1e-6)
+
+
+def test_a_blank_line_between_frames_is_named(tmp_path: Path) -> None:
+    source = stored(tmp_path, [water(2), water(2)])
+    path = Path(source.path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, "", ""]))
+    assert len(read_frames(source)) == 2  # at the end it says nothing
+    half = len(lines) // 2
+    path.write_text("\n".join([*lines[:half], "", *lines[half:], ""]))
+    with pytest.raises(InputError, match=f"line {half + 1}: blank, where reading ends"):
+        read_frames(source)
