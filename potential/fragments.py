@@ -2,7 +2,8 @@
 
 Found once, at the start of a run, from covalent radii (Cordero et al., Dalton Trans. 2008, 2832, as tabulated in ASE);
 the bonds then stay, so a hydrogen bond that shortens during a run never moves charge between molecules. A hydrogen
-has one bond: to its nearest heavier atom (relative to the radii), or else to a hydrogen.
+has one bond: to its nearest heavier atom (relative to the radii), or else to a hydrogen; where it has none, a stretched
+one.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ __all__ = [
 
 BOND_TOLERANCE = 1.25
 """Two atoms are bonded below this multiple of the sum of their covalent radii (O–H: 1.21 Å)."""
+STRETCHED = 1.6
+"""The same for a hydrogen without another bond (O–H: 1.55 Å): hot and quantum hydrogens are no atoms of their own."""
 IONS = (3, 11, 19, 37, 55, 87, 20, 38, 56, 88)
 """Alkali and alkaline-earth metals bond to nothing.
 
@@ -50,6 +53,8 @@ def _bonds(systems: Systems) -> tuple[np.ndarray, np.ndarray]:
     length = pairs.vectors.norm(dim=-1) / (radii[i] + radii[j])
     length[ion[i] | ion[j]] = torch.inf
     bonded = length < BOND_TOLERANCE
+    lone = (systems.numbers == 1) & ~torch.zeros_like(ion).index_fill(0, i[bonded], True)
+    bonded |= (length < STRETCHED) & ((lone[i] & (systems.numbers[j] != 1)) | (lone[j] & (systems.numbers[i] != 1)))
     # a hydrogen keeps one bond, to a heavier atom where there is one: close contacts of molecules do not join them
     hydrogen = systems.numbers == 1
     rank = torch.where(bonded, length + 10.0 * (hydrogen[i] & hydrogen[j]), torch.inf)

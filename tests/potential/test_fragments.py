@@ -152,3 +152,13 @@ def test_whole_molecules_in_skewed_cells_and_slabs_stay_as_they_are(cell):
         positions=system.positions + torch.tensor(np.array([[0, 0, 0], cell[1], cell[0]]), dtype=torch.float64)
     )
     assert torch.allclose(whole_positions(moved), system.positions, atol=1e-9)
+
+
+def test_a_stretched_hydrogen_stays_with_its_molecule() -> None:
+    """Beyond the usual length it would be a neutral atom; near a second molecule it keeps to the nearer one."""
+    atoms = Atoms("OH2OH2", [[0, 0, 0], [1.45, 0, 0], [-0.3, 0.9, 0], [3.3, 0, 0], [3.6, 0.9, 0], [3.6, -0.9, 0]])
+    assigned = assign_fragments(Systems.from_atoms(atoms))
+    assert assigned.fragments.tolist() == [0, 0, 0, 1, 1, 1]
+    atoms.positions[1, 0] = 1.6  # 1.65 of the radii: a radical, which nothing says
+    with pytest.raises(InputError, match="odd number of electrons"):
+        assign_fragments(Systems.from_atoms(atoms))
