@@ -2,8 +2,9 @@
 
     python -m voltpi.potential.training.water DATA_FOLDER RUN_FOLDER [--hours 1.5] [--device cuda]
 
-The shipped one was trained first with fewer channels (``--hidden-irreps 32x0e+16x1o+8x2e --basis 8``), then widened and
-trained further (``--start MODEL --rate 2.5e-3``, :mod:`voltpi.potential.training.widening`). ``--charges none`` and
+The shipped one was trained first with fewer channels (``--hidden-irreps 32x0e+16x1o+8x2e --basis 8``) and without
+repulsion, then widened and trained further (``--start MODEL --rate 2.5e-3``,
+:mod:`voltpi.potential.training.widening`), then with the repulsion (from 1.6e-3). ``--charges none`` and
 ``--charges qeq`` train the same network without PQEq and with charge equilibration without shells, for comparison.
 
 DATA_FOLDER holds ``efield_water_train.xyz``, ``efield_water_validation.xyz`` (FIREANN's water under fields: Zhang &
