@@ -1,4 +1,6 @@
-"""N-methylacetamide as VoltPI reads it, from the file of FIREANN: ``python nma_data.py efield_nma.xyz nma.xyz``.
+"""N-methylacetamide as VoltPI reads it: ``python nma_data.py efield_nma_validation.xyz`` makes ``nma.xyz`` from FIREANN's
+file, and ``nma-blind.xyz`` without the fields (and without the five frames that repeat one in another field), for a
+network without charges.
 
 The field label is turned round: the torque on the nuclei is that of −label (−M × field, slope −0.999 by regression over
 the frames). The cell, which only holds the molecule, is left out.
@@ -26,5 +28,10 @@ def turned(atoms: Atoms) -> Atoms:
 
 
 if __name__ == "__main__":
-    source, target = sys.argv[1:]
-    write(target, [turned(atoms) for atoms in read(source, ":")], format="extxyz")
+    frames = [turned(atoms) for atoms in read(sys.argv[1], ":")]
+    write("nma.xyz", frames, format="extxyz")
+    first = {atoms.positions.tobytes(): atoms for atoms in reversed(frames)}
+    blind = [atoms for atoms in frames if first[atoms.positions.tobytes()] is atoms]
+    for atoms in blind:
+        del atoms.info["electric_field"]
+    write("nma-blind.xyz", blind, format="extxyz")
