@@ -29,7 +29,7 @@ from voltpi.potential.electrostatics.pqeq import COULOMB_CONSTANT, PQEq
 from voltpi.potential.errors import InputError, VoltPIError
 from voltpi.potential.model import Potential
 from voltpi.potential.shortrange.nequip import NequIP
-from voltpi.potential.shortrange.pair import nuclear_repulsion
+from voltpi.potential.shortrange.pair import ZBL, nuclear_repulsion
 from voltpi.potential.training.baseline import describe
 from voltpi.potential.training.charge_fit import write_table
 from voltpi.potential.training.charge_report import report_charges
@@ -38,7 +38,12 @@ from voltpi.potential.training.evaluation import errors_by_group, evaluate_sampl
 from voltpi.potential.training.freezing import freeze
 from voltpi.potential.training.joint import JointCharges
 from voltpi.potential.training.latent import begin_charges, set_sign
-from voltpi.potential.training.references import reference_energies, subtract_references, summarize
+from voltpi.potential.training.references import (
+    reference_energies,
+    subtract_references,
+    summarize,
+    without_repulsion,
+)
 from voltpi.potential.training.storage import read_weights
 from voltpi.potential.training.trainer import Trainer
 from voltpi.potential.training.workers import launched, local_device
@@ -238,17 +243,14 @@ def _prepare(settings: TrainingSettings, say: Callable[[str], None], *, progress
     known = [] if start is None else [z for z in start.short_range.species if z]
     cutoff = settings.network.r_max if start is None else start.short_range.cutoff
     latent = _latent(settings, start)
+    wall = _repulsion(settings, start)
     data = read_training_data(settings, long_range, latent, known, cutoff, say=say, progress=progress)
     left = data.train
     joint = _joint(settings, long_range, data.train)
     if joint is not None:  # what the charges leave as they are at the start
         left, _ = without_long_range(settings, Potential(charges=joint.model), data.train, [], progress=progress)
-    references = _references(settings, left, start)
+    references = _references(settings, without_repulsion(left, wall) if start is None else left, start)
     train, validation = (subtract_references(side, references) for side in (data.train, data.validation))
-    if start is None:
-        wall = nuclear_repulsion(settings.network.repulsion, settings.network.r_max)
-    else:
-        wall = start.short_range.repulsion
     summary = summarize(train if joint is None else subtract_references(left, references), wall)
     if start is None:
         network = NequIP(
@@ -322,6 +324,17 @@ def _long_range(settings: TrainingSettings, start: Potential | None) -> Potentia
     return build_potential(settings.run_settings().model_copy(update=changes))
 
 
+def _repulsion(settings: TrainingSettings, start: Potential | None) -> ZBL | None:
+    """The repulsion that the network does not learn, or None."""
+    if start is not None:
+        assert isinstance(start.short_range, NequIP)
+        return start.short_range.repulsion
+    try:
+        return nuclear_repulsion(settings.network.repulsion, settings.network.r_max)
+    except InputError as error:
+        raise settings.refusal("network.repulsion", f"network.repulsion: {error}") from None
+
+
 def _latent(settings: TrainingSettings, start: Potential | None) -> LatentCharges | None:
     """How the charges interact that the network gives, or None where it gives none."""
     if start is not None:
@@ -378,7 +391,7 @@ def _identity(
         "data": [[f["sha256"], f["use"], f["name"], f["frames"], f["labels"], f["units"]] for f in data.files],
         "data.validation": settings.data.validation if isinstance(settings.data.validation, float) else "files",
         "data.split_seed": settings.data.split_seed,
-        "network": network.config,
+        "network": {key: value for key, value in network.config.items() if key != "repulsion" or value is not None},
         "charges and dispersion": [describe(part) for part in parts],
         "charges.fit": None if joint is None else {"mode": joint.mode, "train": joint.train},
         "start": None if start is None else hashlib.sha256(model_path(start).read_bytes()).hexdigest(),
@@ -434,14 +447,20 @@ def _finish(
         responses = {**responses, **({"before": before} if before else {})}
     name = next(iter(task.references))
     card = make_card(settings, task, runs, errors, responses, name)
+    dispersion = None if task.long_range is None else task.long_range.dispersion
+
+    def save(network: NequIP | Committee) -> None:
+        # in single precision, which is what a model file holds
+        potential = Potential(_copy(network), charges, dispersion, reference_energies=task.references[name])
+        save_potential(path, potential, card)
+        (folder / "report.json").write_text(json.dumps(card, indent=1) + "\n")
+
+    if not isinstance(task.network, Committee):
+        save(task.network)  # whatever becomes of a committee
     committee = make_committee(settings, task, say)
     if committee is not None:
         card["committee"] = committee.report
-    dispersion = None if task.long_range is None else task.long_range.dispersion
-    # in single precision, which is what a model file holds
-    network = _copy(task.network if committee is None else committee.network)
-    save_potential(path, Potential(network, charges, dispersion, reference_energies=task.references[name]), card)
-    (folder / "report.json").write_text(json.dumps(card, indent=1) + "\n")
+        save(committee.network)
     if settings.figures:
         from voltpi.driver.training_figures import draw_learning, draw_parity
 

@@ -54,10 +54,13 @@ def _bonds(systems: Systems) -> tuple[np.ndarray, np.ndarray]:
     length[ion[i] | ion[j]] = torch.inf
     bonded = length < BOND_TOLERANCE
     lone = (systems.numbers == 1) & ~torch.zeros_like(ion).index_fill(0, i[bonded], True)
-    bonded |= (length < STRETCHED) & ((lone[i] & (systems.numbers[j] != 1)) | (lone[j] & (systems.numbers[i] != 1)))
-    # a hydrogen keeps one bond, to a heavier atom where there is one: close contacts of molecules do not join them
     hydrogen = systems.numbers == 1
-    rank = torch.where(bonded, length + 10.0 * (hydrogen[i] & hydrogen[j]), torch.inf)
+    stretched = ~bonded & (length < STRETCHED) & (lone[i] | lone[j])
+    stretched &= (lone[i] | ~hydrogen[i]) & (lone[j] | ~hydrogen[j])
+    # a hydrogen keeps one bond, to a heavier atom where there is one: close contacts of molecules do not join them
+    both = hydrogen[i] & hydrogen[j]
+    rank = torch.where(bonded, length + 10.0 * both, torch.where(stretched, length + 20.0 - 5.0 * both, torch.inf))
+    bonded |= stretched
     first = torch.full_like(radii, torch.inf).scatter_reduce(0, i, rank, "amin")
     for atom in (i, j):
         bonded &= ~hydrogen[atom] | (rank <= first[atom])

@@ -1,6 +1,5 @@
-"""N-methylacetamide as VoltPI reads it: ``python nma_data.py efield_nma_validation.xyz`` makes ``nma.xyz`` from FIREANN's
-file, and ``nma-blind.xyz`` without the fields (and without the five frames that repeat one in another field), for a
-network without charges.
+"""N-methylacetamide as VoltPI reads it: ``python nma_data.py efield_nma_validation.xyz`` (FIREANN) gives ``nma.xyz``,
+and for a network without charges ``nma-blind.xyz``: without fields, and without five frames that repeat one in another.
 
 The field label is turned round: the torque on the nuclei is that of −label (−M × field, slope −0.999 by regression over
 the frames). The cell, which only holds the molecule, is left out.

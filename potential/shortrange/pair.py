@@ -262,14 +262,17 @@ class ZBL(nn.Module):
 def nuclear_repulsion(given: str | Mapping[str, float] | None, cutoff: float) -> ZBL | None:
     """The ZBL term that a network's setting names: ``covalent``, where it ends (Å) by pair of elements, or None.
 
-    Raises InputError for another word, and for pairs that reach further than the network's ``cutoff`` (Å).
+    Covalent radii are cut where the network's ``cutoff`` (Å) is shorter. Raises InputError for another word, and for
+    given pairs that reach beyond the cutoff.
     """
     if given is None:
         return None
     if isinstance(given, str) and given != "covalent":
         raise InputError(f"repulsion is '{given}': give covalent, distances by pair of elements, or none")
     term = ZBL(None if isinstance(given, str) else given)
-    if not isinstance(given, str) and float(term.reach.max()) > cutoff:
+    if isinstance(given, str):
+        term.reach.clamp_(max=cutoff)  # large metals, whose bonds are longer than the network sees
+    elif float(term.reach.max()) > cutoff:
         raise InputError(f"repulsion ends at {float(term.reach.max()):g} Å, beyond r_max {cutoff:g}: let it end inside")
     return term
 

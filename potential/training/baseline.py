@@ -43,6 +43,7 @@ class LongRange:
 
     def __init__(self, charges: PQEq | None, dispersion: D3 | None) -> None:
         self.response = "all" if charges is None else charges.response
+        self.of_molecules = charges is not None and charges.conserve == "fragments"
         # without a field nothing depends on what feels it, and carried charges need not be solved for
         charges = None if charges is None else dataclasses.replace(charges, response="all")
         self.potential = Potential(charges=charges, dispersion=dispersion)
@@ -112,7 +113,7 @@ def subtract_baseline(
     name = hashlib.sha256(f"{Path(samples[0].path).name}\n{key}".encode()).hexdigest()[:16]
     store = None if cache is None else Path(cache) / f"{dataset}-{name}.npz"
     known = _read_cache(store)
-    hashes = [structure_hash(s.systems) for s in samples]
+    hashes = [_hash(s) for s in samples]
     wanted = [i for i, h in enumerate(hashes) if f"{h}.virial" not in known]
     saved = time.monotonic()
     try:
@@ -130,6 +131,12 @@ def subtract_baseline(
     return [_without(sample, h, known) for sample, h in zip(samples, hashes, strict=True)]
 
 
+def _hash(sample: Sample) -> str:
+    given = b"" if sample.initial_charges is None else sample.initial_charges.numpy().tobytes()
+    digest = structure_hash(sample.systems)
+    return hashlib.sha256(digest.encode() + given).hexdigest() if given else digest
+
+
 def _without(sample: Sample, h: str, known: Mapping[str, np.ndarray]) -> Sample:
     stress = sample.stress
     if stress is not None:
@@ -144,8 +151,9 @@ def _without(sample: Sample, h: str, known: Mapping[str, np.ndarray]) -> Sample:
 
 def _evaluate(baseline: Baseline, sample: Sample) -> dict[str, np.ndarray]:
     where = f"{sample.path}, frame {sample.frame}"
+    systems = sample.molecules if isinstance(baseline, LongRange) and baseline.of_molecules else sample.systems
     try:
-        answer = baseline(sample.systems)
+        answer = baseline(systems)
     except VoltPIError as error:
         raise type(error)(f"{where}: {error}") from error
     shapes = {"energy": (), "forces": tuple(sample.forces.shape), "virial": (3, 3)}

@@ -24,7 +24,6 @@ from voltpi.potential.electrostatics.explicit import Rows
 from voltpi.potential.electrostatics.implicit import DifferentiablePQEq
 from voltpi.potential.electrostatics.pqeq import KCAL_PER_EV, LAMBDA, ElementParameters, PQEq
 from voltpi.potential.errors import InputError, NoStablePointError, NotConvergedError
-from voltpi.potential.fragments import assign_fragments
 from voltpi.potential.systems import Systems
 from voltpi.potential.training.charge_report import nearest_branch
 from voltpi.potential.training.dataset import Sample
@@ -79,7 +78,7 @@ class ElementTable(nn.Module):
             raise InputError(f"no PQEq parameters for {missing[0]}: add a row to charges.parameters")
         unknown = [name for name in trained if name not in TRAINABLE]
         if unknown or not trained:
-            raise InputError(f"charges.train names {unknown or 'nothing'}: choose of {', '.join(TRAINABLE)}")
+            raise InputError(f"charges.fit.train names {unknown or 'nothing'}: choose of {', '.join(TRAINABLE)}")
         self.elements, self.trained = list(elements), [name for name in TRAINABLE if name in trained]
         self.start = {symbol: table[symbol] for symbol in elements}
         place = torch.full((max(map(atomic_numbers.__getitem__, elements)) + 1,), -1, dtype=torch.int64)
@@ -99,7 +98,7 @@ class ElementTable(nn.Module):
                     k = int(outside.nonzero()[0])
                     raise InputError(
                         f"{name} of {elements[k]} is {float(given[k]):g}, and a fit keeps it between {low:g} and "
-                        f"{high:g}: start from another number, or leave {name} out of charges.train"
+                        f"{high:g}: start from another number, or leave {name} out of charges.fit.train"
                     )
                 given = torch.logit(torch.log(given / low) / math.log(high / low))
             self.free[name] = nn.Parameter(given)
@@ -166,7 +165,7 @@ def make_target(model: PQEq, sample: Sample) -> Target:
     labels = {kind: torch.as_tensor(value, dtype=torch.float64) for kind, value in sample.observed.items()}
     if float(sample.systems.net_charge[0]) != 0:
         labels.pop("dipole", None)
-    systems = assign_fragments(sample.systems) if model.conserve == "fragments" else sample.systems
+    systems = sample.molecules if model.conserve == "fragments" else sample.systems
     return Target(systems, labels, systems.cell[0][systems.pbc[0]])
 
 
@@ -184,8 +183,8 @@ def label_squares(targets: Sequence[Target], weights: Mapping[str, float]) -> di
     kinds = [kind for kind, weight in weights.items() if weight and kind in there]
     if not kinds:
         raise InputError(
-            f"charges.targets asks for {', '.join(k for k, w in weights.items() if w)} but no frame has such a "
-            "label: name it under data.labels, or change charges.targets"
+            f"charges.fit.targets asks for {', '.join(k for k, w in weights.items() if w)} but no frame has such a "
+            "label: name it under data.labels, or change charges.fit.targets"
         )
     squares = {
         kind: sum(float(_known(t.labels[kind]).square().sum()) for t in targets if kind in t.labels) for kind in kinds
@@ -428,9 +427,9 @@ class ChargeFit:
         config = {**self.model.config, "parameters": {k: list(v) for k, v in self.elements.start.items()}}
         return {
             "charges": config,
-            "charges.train": self.elements.trained,
-            "charges.targets": self.weights,
-            "charges.prior": self.prior,
+            "charges.fit.train": self.elements.trained,
+            "charges.fit.targets": self.weights,
+            "charges.fit.prior": self.prior,
             "labels": [[kind, norm] for kind, norm in self._norms.items()],
         }
 

@@ -74,7 +74,7 @@ def report_charges(potential: Potential, samples: Sequence[Sample], *, most: int
 def _solve(potential: Potential, sample: Sample) -> Mapping[str, np.ndarray]:
     answers = not isinstance(potential.charges, LatentCharges)  # to a field, at fixed nuclei
     answer = potential(
-        potential.prepare(sample.systems),
+        potential.prepare(sample.systems, initial_charges=sample.initial_charges),
         polarizability=answers and "polarizability" in sample.observed,
         born_charges="born_charges" in sample.observed,
     )

@@ -20,6 +20,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from voltpi.potential.errors import InputError
+from voltpi.potential.fragments import assign_fragments
 from voltpi.potential.neighbors import MINIMUM_DISTANCE, check_geometry, neighbor_list
 from voltpi.potential.systems import Systems
 from voltpi.potential.training.labels import AUTO, KINDS, Source, checked, detect, label
@@ -46,6 +47,7 @@ class Sample:
     group : what kind of structure it is, by the label that says so
     observed : dipole [3] (e·Å), polarizability [3, 3] (Å³), born_charges [n, 3, 3] (e) as labelled
     latent : what latent charges do to each other here, where they are trained
+    initial_charges : [n] e, as the file has them: which ions molecules are, where they keep their charges
     """
 
     dataset: str
@@ -61,6 +63,17 @@ class Sample:
     group: str = ""
     observed: Mapping[str, np.ndarray] = field(default_factory=dict)
     latent: Interaction | None = None
+    initial_charges: Tensor | None = None
+
+    @property
+    def molecules(self) -> Systems:
+        """The structure with its molecules and ions. Raises InputError, with file and frame, where they cannot be."""
+        try:
+            return assign_fragments(self.systems, initial_charges=self.initial_charges)
+        except InputError as error:
+            raise InputError(
+                f"{self.path}, frame {self.frame}: {error}; or remove the frame, or use charges.conserve: total"
+            ) from None
 
     @property
     def volume(self) -> float:
@@ -136,9 +149,7 @@ def _require_no_gaps(path: Path) -> None:
             row += 1
             if not line.strip():
                 if any(rest.strip() for rest in lines):
-                    raise InputError(
-                        f"{path}, line {row}: blank, where reading ends: remove it to keep the rest"
-                    )
+                    raise InputError(f"{path}, line {row}: blank, where reading ends: remove it to keep the rest")
                 return
             if not line.strip().isdigit():
                 return  # not a number of atoms: for the reader to say
@@ -204,6 +215,7 @@ def _sample(source: Source, frame: int, atoms: Atoms, cutoff: float) -> Sample:
         unit = ", as where positions in nm are read as Å: set units.length to nm" if _crowded(atoms) else ""
         raise InputError(f"{source.path}, frame {frame}: {error}{unit}") from None
     neighbors = neighbor_list(systems, cutoff)
+    given = atoms.get_initial_charges() if atoms.has("initial_charges") else np.zeros(0)
     group = None if source.group_key is None else label(atoms, source.group_key)
     shapes = {"dipole": (3,), "polarizability": (3, 3), "born_charges": (len(atoms), 3, 3)}
     return Sample(
@@ -223,6 +235,7 @@ def _sample(source: Source, frame: int, atoms: Atoms, cutoff: float) -> Sample:
             for kind, shape in shapes.items()
             if source.key(kind) is not None and label(atoms, str(source.key(kind))) is not None
         },
+        initial_charges=torch.as_tensor(given, dtype=torch.float64) if np.any(given) else None,
     )
 
 

@@ -112,8 +112,9 @@ def with_interactions(samples: Sequence[Sample], model: LatentCharges, *, progre
     """Samples with their interaction. Raises as :func:`interaction`, with file and frame named."""
     out = []
     for sample in track(samples, description="interaction of latent charges", disable=not progress):
+        systems = sample.molecules if model.conserve == "fragments" else sample.systems
         try:
-            own = interaction(model, sample.systems, stress=sample.stress is not None)
+            own = interaction(model, systems, stress=sample.stress is not None)
         except VoltPIError as error:
             raise type(error)(f"{sample.path}, frame {sample.frame}: {error}") from error
         out.append(dataclasses.replace(sample, latent=own))

@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from ase.data import chemical_symbols
-from torch import Tensor
 
 from voltpi.potential.errors import InputError
 from voltpi.potential.shortrange.pair import ZBL
 from voltpi.potential.training.dataset import Sample
 
-__all__ = ["Summary", "reference_energies", "subtract_references", "summarize"]
+__all__ = ["Summary", "reference_energies", "subtract_references", "summarize", "without_repulsion"]
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,9 @@ def subtract_references(samples: Sequence[Sample], references: Mapping[str, Mapp
 
 def summarize(samples: Sequence[Sample], repulsion: ZBL | None = None) -> Summary:
     """Elements, RMS of the target forces without ``repulsion``, and average number of neighbours over all samples."""
+    samples = without_repulsion(samples, repulsion)
     atoms = sum(s.systems.n_atoms for s in samples)
-    square = sum(float(_without(s, repulsion).square().sum()) for s in samples)
+    square = sum(float(s.forces.square().sum()) for s in samples)
     return Summary(
         species=tuple(sorted({int(z) for s in samples for z in s.systems.numbers.unique()})),
         force_rms=math.sqrt(square / (3 * atoms)),
@@ -90,12 +90,16 @@ def summarize(samples: Sequence[Sample], repulsion: ZBL | None = None) -> Summar
     )
 
 
-def _without(sample: Sample, repulsion: ZBL | None) -> Tensor:
-    """Target forces [n, 3] that a repulsion leaves to learn."""
+def without_repulsion(samples: Sequence[Sample], repulsion: ZBL | None) -> Sequence[Sample]:
+    """The samples with the energies and forces that a repulsion leaves to learn; stresses stay."""
     if repulsion is None:
-        return sample.forces
-    vectors = sample.vectors.clone().requires_grad_()
-    energy = repulsion.atomic(sample.systems.numbers, sample.edge_index, vectors).sum()
-    (slope,) = torch.autograd.grad(energy, vectors)
-    centre, neighbour = sample.edge_index
-    return sample.forces.index_add(0, centre, slope, alpha=-1).index_add(0, neighbour, slope)
+        return samples
+    out = []
+    for s in samples:
+        vectors = s.vectors.clone().requires_grad_()
+        energy = repulsion.atomic(s.systems.numbers, s.edge_index, vectors).sum()
+        (slope,) = torch.autograd.grad(energy, vectors)
+        centre, neighbour = s.edge_index
+        forces = s.forces.index_add(0, centre, slope, alpha=-1).index_add(0, neighbour, slope)
+        out.append(replace(s, energy=s.energy - float(energy.detach()), forces=forces))
+    return out

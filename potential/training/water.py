@@ -32,6 +32,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ from voltpi.potential.model import Potential
 from voltpi.potential.shortrange.nequip import NequIP
 from voltpi.potential.shortrange.pair import nuclear_repulsion
 from voltpi.potential.systems import Systems
-from voltpi.potential.training.baseline import LongRange, load_dataset
+from voltpi.potential.training.baseline import LongRange, load_dataset, subtract_baseline
 from voltpi.potential.training.charge_fit import TRAINABLE, ChargeFit, Target
 from voltpi.potential.training.config import TrainConfig
 from voltpi.potential.training.dataset import Sample, read_frames
@@ -192,8 +193,16 @@ def charge_errors(model: PQEq, frames: Sequence[Atoms]) -> dict[str, float]:
 def _data(folder: Path, cache: Path, baseline: LongRange) -> tuple[list[Sample], list[Sample]]:
     common: dict[str, Any] = {"baseline": baseline, "baseline_key": baseline.key, "cache": cache}
     r_max = NETWORK["r_max"]
-    train = load_dataset(_field_source(folder / "efield_water_train.xyz"), r_max, **common)
-    validation = load_dataset(_field_source(folder / "efield_water_validation.xyz"), r_max, **common)
+
+    def in_fields(name: str) -> list[Sample]:
+        source = _field_source(folder / name)
+        if baseline.potential.charges is not None:
+            return load_dataset(source, r_max, **common)
+        # nothing feels the field: what it does to the labels stays in them
+        samples = (replace(s, systems=s.systems.replace(field=torch.zeros(1, 3))) for s in load_dataset(source, r_max))
+        return subtract_baseline(list(samples), baseline, baseline.key, cache=cache)
+
+    train, validation = in_fields("efield_water_train.xyz"), in_fields("efield_water_validation.xyz")
     liquid = Source(folder / "water_rpbe_d3.xyz", "rpbe-water", energy_key="energy", forces_key="forces")
     liquid_train, liquid_validation = split(load_dataset(liquid, r_max, **common), 0.1)
     return train + liquid_train, validation + liquid_validation

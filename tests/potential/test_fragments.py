@@ -162,3 +162,8 @@ def test_a_stretched_hydrogen_stays_with_its_molecule() -> None:
     atoms.positions[1, 0] = 1.6  # 1.65 of the radii: a radical, which nothing says
     with pytest.raises(InputError, match="odd number of electrons"):
         assign_fragments(Systems.from_atoms(atoms))
+
+
+def test_warm_hydrogen_molecules_are_molecules() -> None:
+    atoms = Atoms("H2OH2", [[0, 0, 0], [0.85, 0, 0], [2.3, 0, 0], [2.6, 0.9, 0], [2.6, -0.9, 0]])
+    assert assign_fragments(Systems.from_atoms(atoms)).fragments.tolist() == [0, 0, 1, 1, 1]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from voltpi.potential.electrostatics.pqeq import PQEq
 from voltpi.potential.errors import InputError, NoStablePointError
+from voltpi.potential.model import Potential
 from voltpi.potential.neighbors import neighbor_list
 from voltpi.potential.shortrange.pair import ZBL
 from voltpi.potential.systems import Systems
@@ -433,3 +434,22 @@ def test_a_blank_line_between_frames_is_named(tmp_path: Path) -> None:
     path.write_text("\n".join([*lines[:half], "", *lines[half:], ""]))
     with pytest.raises(InputError, match=f"line {half + 1}: blank, where reading ends"):
         read_frames(source)
+
+
+def test_ions_keep_the_charges_of_the_file(tmp_path: Path) -> None:
+    """Molecules and ions of a frame are those that a run makes of the same file, also in what the network learns."""
+    atoms = Atoms("NaClOH2", [[0, 0, 0], [3.2, 0, 0], [0, 3.0, 0], [0.76, 3.6, 0], [-0.76, 3.6, 0]])
+    atoms.calc = SinglePointCalculator(atoms, energy=1.0, forces=np.zeros((5, 3)))
+    charges = PQEq(conserve="fragments", response="all")
+    baseline = LongRange(charges, None)
+    source = stored(tmp_path, [atoms], energy_key="energy", forces_key="forces")
+    with pytest.raises(InputError, match=r"frame 0: 2 fragments would be neutral .* or remove the frame"):
+        load_dataset(source, CUTOFF, baseline=baseline, baseline_key="ions")
+    atoms.set_initial_charges([1, -1, 0, 0, 0])
+    source = stored(tmp_path, [atoms], energy_key="energy", forces_key="forces")
+    (sample,) = load_dataset(source, CUTOFF, baseline=baseline, baseline_key="ions")
+    assert sample.molecules.fragment_charges is not None
+    assert sorted(sample.molecules.fragment_charges.tolist()) == [-1.0, 0.0, 1.0]
+    run = Potential(charges=charges)
+    answer = run(run.prepare(Systems.from_atoms(atoms), initial_charges=torch.tensor([1.0, -1, 0, 0, 0]).double()))
+    assert sample.energy == pytest.approx(1.0 - float(answer.energy), abs=1e-8)
