@@ -186,7 +186,7 @@ def test_a_fit_goes_on_where_it_stopped(tmp_path: Path) -> None:
     for symbol, row in whole.table.items():
         np.testing.assert_allclose(result.table[symbol], row, rtol=1e-5)
         assert kept[symbol] != row
-    with pytest.raises(InputError, match=r"begun with other charges\.prior: give another output folder"):
+    with pytest.raises(InputError, match=r"begun with other charges\.fit\.prior: give another output folder"):
         ChargeFit(charges(START), targets, WEIGHTS, prior=1.0, folder=tmp_path).fit()
 
 
