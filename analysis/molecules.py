@@ -16,6 +16,7 @@ __all__ = ["Tree", "assembled", "bond_tree", "is_network", "molecules_of", "whol
 # The rule and the numbers of voltpi.potential.fragments, which needs torch and so cannot be imported here: the
 # molecules counted are those that the potential held neutral. A test compares the two.
 BOND_TOLERANCE = 1.25
+STRETCHED = 1.6
 _IONS = (3, 11, 19, 37, 55, 87, 20, 38, 56, 88)
 
 
@@ -23,14 +24,23 @@ def _bonds(atoms: Atoms) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[
     """Bonded pairs (i, j), in both directions, with the images of j.
 
     Bonded is what is closer than ``BOND_TOLERANCE`` times the sum of covalent radii. A hydrogen keeps one bond: to its
-    nearest heavier atom (relative to the radii), or else to a hydrogen. Ions bond to nothing.
+    nearest heavier atom (relative to the radii), or else to a hydrogen; one without a bond has a stretched one, up to
+    ``STRETCHED`` of the radii. Ions bond to nothing.
     """
     numbers = atoms.numbers
     radii = covalent_radii[numbers]
-    i, j, shift, distance = neighbor_list("ijSd", atoms, (BOND_TOLERANCE * radii).tolist())
+    i, j, shift, distance = neighbor_list("ijSd", atoms, (STRETCHED * radii).tolist())
     hydrogen = numbers == 1
+    length = distance / (radii[i] + radii[j])
     free = ~(np.isin(numbers[i], _IONS) | np.isin(numbers[j], _IONS))
-    rank = distance / (radii[i] + radii[j]) + 10.0 * (hydrogen[i] & hydrogen[j])
+    bonded = free & (length < BOND_TOLERANCE)
+    lone = hydrogen.copy()
+    lone[i[bonded]] = False
+    stretched = free & ~bonded & (lone[i] | lone[j])
+    stretched &= (lone[i] | ~hydrogen[i]) & (lone[j] | ~hydrogen[j])
+    free = bonded | stretched
+    both = hydrogen[i] & hydrogen[j]
+    rank = length + np.where(stretched, 20.0 - 5.0 * both, 10.0 * both)
     best = np.full(len(atoms), np.inf)
     np.minimum.at(best, i[free], rank[free])
     # both directions of a pair stay, though their distances may differ in the last digit

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.io import read
 
@@ -86,8 +87,15 @@ def test_molecules_are_those_of_the_potential(nvt_run: Path) -> None:
 
     atoms = crowded()
     assert molecules_of(atoms).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 6]
-    for structure in (atoms[:9], atoms[[*range(9), 11, 12, 13]], read(nvt_run / "start.xyz")):
-        fragments = assign_fragments(Systems.from_atoms(structure)).fragments
+    stretched = atoms[:11]
+    stretched.positions[7] += [0.25, 0, 0]  # O–H 1.43 Å
+    stretched.positions[10] += [0.11, 0, 0]  # H–H 0.85 Å
+    assert molecules_of(stretched).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
+    ions = atoms[[*range(9), 11, 12, 13]]
+    ions.set_initial_charges([0.0] * 9 + [1, 2, -3])
+    for structure in (atoms[:9], stretched, ions, read(nvt_run / "start.xyz")):
+        given = torch.as_tensor(structure.get_initial_charges()) if structure is ions else None
+        fragments = assign_fragments(Systems.from_atoms(structure), initial_charges=given).fragments
         np.testing.assert_array_equal(molecules_of(structure), fragments)
 
 
