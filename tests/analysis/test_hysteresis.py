@@ -246,6 +246,7 @@ CRYSTAL = """<simulation verbosity='quiet'>
     <trajectory filename='field' stride='1' extra_type='field'> extras </trajectory>
   </output>
   <total_steps> 130 </total_steps>
+  <prng> <seed> 31 </seed> </prng>
   <ffdirect name='voltpi'>
     <pes>custom</pes> <pes_path> PES </pes_path>
     <parameters>{settings: settings.yaml, template: start.xyz}</parameters>
