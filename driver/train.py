@@ -329,10 +329,7 @@ def _repulsion(settings: TrainingSettings, start: Potential | None) -> ZBL | Non
     if start is not None:
         assert isinstance(start.short_range, NequIP)
         return start.short_range.repulsion
-    try:
-        return nuclear_repulsion(settings.network.repulsion, settings.network.r_max)
-    except InputError as error:
-        raise settings.refusal("network.repulsion", f"network.repulsion: {error}") from None
+    return nuclear_repulsion(settings.network.repulsion, settings.network.r_max)
 
 
 def _latent(settings: TrainingSettings, start: Potential | None) -> LatentCharges | None:

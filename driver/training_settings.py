@@ -29,6 +29,7 @@ from voltpi.driver.settings import Charges, Coulomb, Dispersion, Settings, finit
 from voltpi.driver.settings_file import Origins, assign, explain, key_path, origin_of, parse_value, read_yaml
 from voltpi.potential.committee import FEWEST
 from voltpi.potential.errors import InputError
+from voltpi.potential.shortrange.pair import nuclear_repulsion
 from voltpi.potential.training.config import TrainConfig
 from voltpi.potential.training.labels import KINDS, Source, Units
 from voltpi.potential.training.loss import Loss
@@ -128,7 +129,14 @@ class Data(_Strict):
 
 
 def _repulsion(value: Any) -> Any:
-    return None if value == "none" else value
+    if value in (None, "none"):
+        return None
+    if value == "covalent":
+        return value
+    numbers = list(value.values()) if isinstance(value, dict) else [None]
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) and x > 0 for x in numbers):
+        raise ValueError("expected none, covalent, or where it ends by pair of elements, such as {H-H: 1.2} (Å)")
+    return {str(pair): float(end) for pair, end in value.items()}
 
 
 class Network(_Strict):
@@ -142,7 +150,17 @@ class Network(_Strict):
     radial_layers: Count = 2
     radial_hidden: Count = 64
     use_sc: bool = True
-    repulsion: Annotated[Literal["covalent"] | dict[str, Positive] | None, BeforeValidator(_repulsion)] = None
+    repulsion: Annotated[str | dict[str, float] | None, PlainValidator(_repulsion)] = None
+
+    @model_validator(mode="after")
+    def _inside(self) -> Network:
+        try:
+            nuclear_repulsion(self.repulsion, self.r_max)
+        except InputError as error:
+            reason = str(error)
+            reason = reason if reason.startswith("repulsion") else f"repulsion: {reason}"
+            raise PydanticCustomError("contradiction", "{reason}", {"reason": reason}) from None
+        return self
 
 
 class Weights(_Strict):

@@ -197,8 +197,13 @@ def test_a_repulsion_is_not_learnt(tmp_path: Path, capsys: pytest.CaptureFixture
         assert network.config["repulsion"] == (None if repulsion == "none" else repulsion)
         scales.append(float(network.scale[0]))
     assert scales[0] != pytest.approx(scales[1], rel=0.05)
-    error = refused(capsys, "train", str(config), "--quiet", "--set", "network.repulsion={O-H: 9}", "--set", "output=x")
-    assert "repulsion ends at 9 Å, beyond r_max" in error
+    for given, sentence in {
+        "{O-H: 9}": "repulsion ends at 9 Å, beyond r_max",
+        "{OH: 1}": "repulsion: 'OH' is not a pair of elements",
+        "{O-H: -1}": "expected none, covalent, or where it ends by pair of elements",
+        "covalant": "network.repulsion is 'covalant'; expected none, covalent",
+    }.items():
+        assert sentence in refused(capsys, "train", str(config), "--quiet", "--set", f"network.repulsion={given}")
 
 
 @pytest.mark.slow
