@@ -105,16 +105,21 @@ START = {
 """Shift of Ti against its O (Å) from which each phase relaxes."""
 
 
-def teacher() -> Any:
-    """ASE calculator of SevenNet-MF-0, r²SCAN modality.
+def sevennet(name: str, **options: Any) -> Any:
+    """ASE calculator of a SevenNet whose weights the wheel carries.
 
     Raises InputError where ``sevenn`` is not installed.
     """
     try:
         package = import_module("sevenn.calculator")
     except ImportError:
-        raise InputError("the teacher of batio3 is in the package sevenn: pip install sevenn") from None
-    return package.SevenNetCalculator("7net-mf-0", modal="R2SCAN", device="cpu")
+        raise InputError(f"the teacher {name} is in the package sevenn: pip install sevenn") from None
+    return package.SevenNetCalculator(name, device="cpu", **options)
+
+
+def teacher() -> Any:
+    """ASE calculator of SevenNet-MF-0, r²SCAN modality. Raises InputError as :func:`sevennet`."""
+    return sevennet("7net-mf-0", modal="R2SCAN")
 
 
 def perovskite(edge: float, shift: Sequence[float] = (0.0, 0.0, 0.0)) -> Atoms:

@@ -43,7 +43,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +61,9 @@ from scipy.optimize import least_squares
 
 from voltpi.potential.checkpoints import load_potential, save_potential
 from voltpi.potential.electrostatics.pqeq import ElementParameters, PQEq, read_parameters
-from voltpi.potential.errors import InputError, VoltPIError
+from voltpi.potential.errors import VoltPIError
 from voltpi.potential.systems import Systems
-from voltpi.potential.training.batio3 import label, relaxed
+from voltpi.potential.training.batio3 import label, relaxed, sevennet
 
 Array = NDArray[np.float64]
 
@@ -140,15 +139,8 @@ LEFT_OUT = ("La2Zr2O7 surfaces", "Li|La2Zr2O7", "LLZO surfaces", "Li|LLZO")
 
 
 def teacher() -> Any:
-    """ASE calculator of SevenNet-0.
-
-    Raises InputError where ``sevenn`` is not installed.
-    """
-    try:
-        package = import_module("sevenn.calculator")
-    except ImportError:
-        raise InputError("the teacher of battery is in the package sevenn: pip install sevenn") from None
-    return package.SevenNetCalculator("7net-0", device="cpu")
+    """ASE calculator of SevenNet-0. Raises InputError as :func:`~voltpi.potential.training.batio3.sevennet`."""
+    return sevennet("7net-0")
 
 
 def plain(atoms: Atoms, name: str | None = None) -> Atoms:
