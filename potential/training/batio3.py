@@ -380,7 +380,7 @@ def frame_errors(model: Path, frames: Sequence[Atoms]) -> dict[str, dict[str, fl
     return {
         kind: {
             "frames": len(rows),
-            "force_rmse": round(float(np.sqrt(np.mean(np.square([f for _, f in rows])))), 4),
+            "force_rmse": round(float(np.sqrt(np.mean(np.square(np.concatenate([f for _, f in rows]))))), 4),
             "energy_rmse": round(float(np.sqrt(np.mean(np.square([e for e, _ in rows])))), 3),
         }
         for kind, rows in kinds.items()

@@ -63,7 +63,7 @@ from voltpi.potential.checkpoints import load_potential, save_potential
 from voltpi.potential.electrostatics.pqeq import ElementParameters, PQEq, read_parameters
 from voltpi.potential.errors import VoltPIError
 from voltpi.potential.systems import Systems
-from voltpi.potential.training.batio3 import label, relaxed, sevennet
+from voltpi.potential.training.batio3 import frame_errors, label, relaxed, sevennet
 
 Array = NDArray[np.float64]
 
@@ -460,27 +460,6 @@ def unseen_interface() -> Atoms:
     return both
 
 
-def errors_by_system(model: Path | str, frames: Sequence[Atoms]) -> dict[str, dict[str, float]]:
-    """Force (eV/Å) and energy (meV/atom) RMSE of labelled frames of any size by ``config_type``."""
-    calculator = _calculator(model)
-    energies: dict[str, list[float]] = {}
-    forces: dict[str, list[Array]] = {}
-    for frame in frames:
-        atoms, kind = plain(frame), frame.info["config_type"]
-        atoms.calc = calculator
-        energy = 1e3 * (atoms.get_potential_energy() - frame.info["REF_energy"]) / len(atoms)
-        energies.setdefault(kind, []).append(energy)
-        forces.setdefault(kind, []).append((atoms.get_forces() - frame.arrays["REF_forces"]).ravel())
-    return {
-        kind: {
-            "frames": len(energies[kind]),
-            "force_rmse": round(float(np.sqrt(np.mean(np.concatenate(forces[kind]) ** 2))), 4),
-            "energy_rmse": round(float(np.sqrt(np.mean(np.square(energies[kind])))), 3),
-        }
-        for kind in energies
-    }
-
-
 def compare(model: Path | str, teach: Any) -> dict[str, dict[str, float]]:
     """Lattice constants (Å) of the model, the teacher and experiment (room temperature)."""
     found = crystals()
@@ -624,7 +603,7 @@ def _export(folder: Path) -> None:
         "errors": report["errors"],
         "dynamics_of_the_model": {
             "what": "snapshots of dynamics of the first training from other starts, none trained on; eV/Å, meV/atom",
-            **errors_by_system(source, read(folder / "test.xyz", ":")),
+            **frame_errors(source, read(folder / "test.xyz", ":")),
         },
         "lattice_constants_A": compare(source, teacher()),
         "dispersion": "D3 (PBE, zero damping) was subtracted before the training and is added at run time: the sum "
